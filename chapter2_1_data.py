@@ -44,10 +44,11 @@ class BadFiles(UserError):
     def __init__(self, problems):
         self.problems = problems  # {Path: reason}
         lines = [f'{file}: {reason}' for file, reason in sorted(problems.items())]
-        if len(lines) > 1:
-            lines = [f'{len(lines)} files cannot be used; mend or remove them:', *lines[:10]]
-            lines += [f'... and {len(problems) - 10} more'] if len(problems) > 10 else []
-        super().__init__('\n  '.join(lines))
+        if len(lines) == 1:
+            super().__init__(f'{lines[0]}; mend or remove the file')
+        else:
+            more = [f'and {len(lines) - 10} more'] if len(lines) > 10 else []
+            super().__init__('\n  '.join([f'{len(lines)} files cannot be used; mend or remove them:', *lines[:10], *more]))
 
 
 # ---------------------------------------------------------------------- reading (2.2)
@@ -59,10 +60,12 @@ def list_images(path):
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(
-            f'no folder {path} (looked for {path.absolute()}): put food-11 there, as {path.parent}/training/0_0.jpg and '
-            f'{path.parent}/validation/0_0.jpg (fetch it with: gdown 19CzXudqN58R3D-1G8KeFWk8UDQwlb8is; more in '
-            'food-11/README.md), name its folder with --data-dir, or try --demo, which needs no photographs')
+        nested = next(path.parent.glob(f'*/{path.name}'), None)  # an archive unpacked one folder too deep
+        raise UserError(f'no folder {path.absolute()}: ' + (
+            f'is it {nested.parent}? Then give --data-dir "{nested.parent}"' if nested else
+            f'food-11 must lie as {path.parent}/training/0_0.jpg and {path.parent}/validation/0_0.jpg; get it with '
+            '"gdown 19CzXudqN58R3D-1G8KeFWk8UDQwlb8is" or as food-11/README.md says, name another place with '
+            '--data-dir, or try --demo, which needs no photographs'))
 
     def wanted(name):
         return not (name.startswith('.') or name.lower() in CLUTTER or Path(name).suffix.lower() in NOT_IMAGES)
@@ -116,7 +119,7 @@ def read_images(files):
         try:
             x[i] = read_image(files[i])
         except (OSError, ValueError, cv2.error) as error:
-            problems[files[i]] = getattr(error, 'strerror', None) or error
+            problems[files[i]] = getattr(error, 'strerror', None) or str(error).splitlines()[0]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads suffice: OpenCV releases the GIL
         for _ in tqdm(pool.map(read, range(len(files))), 'reading', len(files), leave=False, unit='img', disable=None):
@@ -153,13 +156,10 @@ def read_testing(path):
 
 def read_food11(data_dir):
     """train_x, train_y, val_x, val_y. The bad files of both folders come in one error."""
-    folders = [Path(data_dir, 'training'), Path(data_dir, 'validation')]
     arrays, problems = [], {}
-    for folder in folders:
-        list_images(folder)  # a missing folder shows before the other one is read
-    for folder in folders:
+    for split in ('training', 'validation'):
         try:
-            arrays += readfile(folder)
+            arrays += readfile(Path(data_dir, split))
         except BadFiles as error:
             problems |= error.problems
     if problems:
@@ -244,8 +244,10 @@ def draw_preview(figure, train_set, index, draws=4):
             axes.set(xticks=(), yticks=())
             if found:
                 axes.imshow(rgb((train_set if row else untouched)[found[0]][0]))
-            elif row == 0:
-                axes.text(.5, .5, 'none', ha='center', va='center', transform=axes.transAxes, fontsize=8)
+            else:
+                axes.set_axis_off()
+        if not found:
+            column[0].text(.5, .5, 'none', ha='center', va='center', transform=column[0].transAxes, fontsize=8)
 
 
 def show_preview(train_set, index, save=None):
@@ -342,7 +344,7 @@ def draw_food11(folder, training=30, validation=10):
         for label in range(len(CLASSES)):
             for i in range(count):
                 image = draw_dish(label, np.random.default_rng((split, label, i)))
-                cv2.imencode('.jpg', image)[1].tofile(target / f'{label}_{i}.jpg')
+                (target / f'{label}_{i}.jpg').write_bytes(cv2.imencode('.jpg', image)[1].tobytes())
 
 
 # ---------------------------------------------------------------------- the script

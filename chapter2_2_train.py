@@ -18,7 +18,7 @@ from chapter2_1_data import (CLASSES, ImgDataset, UserError, add_data_arguments,
 
 num_epoch = 100
 learning_rate = 0.001
-DEMO = {'epochs': 8, 'batch_size': 32, 'lr': 0.001}  # settings that suit a few drawn dishes
+DEMO = {'epochs': 5, 'batch_size': 16, 'lr': 0.0001}  # settings that suit a few drawn dishes
 
 
 # ---------------------------------------------------------------------- network (2.3)
@@ -165,8 +165,9 @@ def main():
     if args.data_dir == demo_dir:
         draw_food11(demo_dir)
     train_x, train_y, val_x, val_y = read_food11(args.data_dir)
-    print(f'{len(train_x)} training and {len(val_x)} validation images, on {device}'
-          + (f' ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else ''), file=sys.stderr)
+    about = (f' ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else
+             ' (PyTorch finds no GPU: see "GPU" in README.md)' if device.type == 'cpu' and args.device is None else '')
+    print(f'{len(train_x)} training and {len(val_x)} validation images, on {device}{about}', file=sys.stderr)
 
     torch.manual_seed(args.seed)
     model = Classifier().to(device, memory_format=torch.channels_last)  # the layout that convolutions are fastest in

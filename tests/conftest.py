@@ -1,0 +1,56 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ['MPLBACKEND'] = 'Agg'  # the tests open no window
+
+import chapter2_1_data as data  # noqa: E402
+
+
+@pytest.fixture(scope='session')
+def food11(tmp_path_factory):
+    """A drawn food-11 with 4 training and 2 validation images of each class; not to be written to."""
+    folder = tmp_path_factory.mktemp('drawn')
+    data.draw_food11(folder, training=4, validation=2)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def arrays(food11):
+    """train_x, train_y, val_x, val_y of the drawn food-11."""
+    return data.read_food11(food11)
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs a script as a user would, in an empty folder and without a display."""
+    def start(name, *arguments):
+        env = {key: value for key, value in os.environ.items() if key not in ('DISPLAY', 'WAYLAND_DISPLAY', 'MPLBACKEND')}
+        return subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], cwd=tmp_path, env=env,
+                              stdin=subprocess.DEVNULL, capture_output=True, encoding='utf-8', timeout=300)
+    return start
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """The same within the tests' own process, which spares the seconds that importing PyTorch takes."""
+    def start(main, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr('sys.argv', ['script.py', *map(str, arguments)])
+        code = 0
+        try:
+            data.run(main)
+        except SystemExit as stop:
+            code = stop.code
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+    return start

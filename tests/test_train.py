@@ -1,0 +1,155 @@
+"""chapter2_2_train.py: the network, the facts about it, the training and its printed line."""
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import chapter2_1_data as data
+import chapter2_2_train as train
+
+LINE = re.compile(r'\[(\d{3})/(\d{3})\] \d+\.\d\d sec\(s\) Train Acc: (\d\.\d{6}) Loss: (\d+\.\d{6}) \| '
+                  r'Val Acc: (\d\.\d{6}) loss: (\d+\.\d{6})')
+CPU = torch.device('cpu')
+
+
+# ---------------------------------------------------------------------- the network
+
+def test_the_books_layers_shapes_and_parameters():
+    model = train.Classifier()
+    assert sum(p.numel() for p in model.parameters()) == 12_833_803
+    assert [type(layer).__name__ for layer in model.convolution] == ['Conv2d', 'BatchNorm2d', 'ReLU', 'MaxPool2d'] * 5
+    assert [type(layer).__name__ for layer in model.fc] == ['Linear', 'ReLU', 'Linear', 'ReLU', 'Linear']
+    x = torch.rand(2, 3, 128, 128)
+    shapes = []
+    for layer in model.convolution:
+        x = layer(x)
+        if isinstance(layer, nn.MaxPool2d):
+            shapes.append(tuple(x.shape[1:]))
+    assert shapes == [(64, 64, 64), (128, 32, 32), (256, 16, 16), (512, 8, 8), (512, 4, 4)]
+    assert x.flatten(1).shape == (2, 8192)
+    assert model(torch.rand(2, 3, 128, 128)).shape == (2, 11)
+
+
+def receptive_field(layers, size, cell):
+    """Height and width of the input region that one cell of the last map sees, by autograd."""
+    layers = nn.Sequential(*layers).eval()
+    x = torch.zeros(1, 3, size, size, requires_grad=True)
+    y = layers(x)
+    y[0, :, cell, cell].sum().backward()
+    rows, columns = torch.nonzero(x.grad[0].abs().sum(0), as_tuple=True)
+    return (rows.max() - rows.min() + 1).item(), (columns.max() - columns.min() + 1).item()
+
+
+def test_one_cell_of_the_last_map_sees_94_pixels_each_way():
+    layers = []
+    for layer in train.Classifier().convolution:  # what hides a pixel by chance makes way for what does not
+        if isinstance(layer, nn.Conv2d):
+            nn.init.ones_(layer.weight)
+        layers.append({nn.MaxPool2d: nn.AvgPool2d(2), nn.ReLU: nn.Identity()}.get(type(layer), layer))
+    assert receptive_field(layers, 128, cell=1) == (94, 94)
+
+
+def test_the_facts_of_chapter_1():
+    pixels = torch.tensor([[12., 3, 5], [4, 6, 2], [4, 7, 9]])
+    kernel = torch.tensor([[0., 1, 0], [1, 0, -1], [0, -1, 0]])
+    assert F.conv2d(pixels[None, None], kernel[None, None]).item() == -2
+    assert nn.Conv2d(1, 1, 3)(torch.rand(1, 1, 5, 6)).shape[2:] == (3, 4)
+    maps = nn.Conv2d(1, 1, 3)(torch.rand(1, 1, 100, 100))
+    assert maps.shape[2:] == (98, 98) and nn.MaxPool2d(2)(maps).shape[2:] == (49, 49)
+    assert receptive_field([nn.Conv2d(3, 1, 3)], 20, 5) == (3, 3)
+    assert receptive_field([nn.Conv2d(3, 1, 3), nn.Conv2d(1, 1, 3)], 20, 5) == (5, 5)
+    assert receptive_field([nn.Conv2d(3, 1, 5)], 20, 5) == (5, 5)
+    assert nn.Conv2d(10, 8, 3).weight.shape == (8, 10, 3, 3)
+
+
+# ---------------------------------------------------------------------- training
+
+def test_training_learns_the_drawn_dishes(tmp_path, capsys):
+    data.draw_food11(tmp_path, training=12, validation=6)
+    train_x, train_y, val_x, val_y = data.read_food11(tmp_path)
+    some, others = np.isin(train_y, (3, 9, 10)), np.isin(val_y, (3, 9, 10))  # eggs, soups and apples
+    train_loader, val_loader = data.make_loaders(
+        data.ImgDataset(train_x[some], train_y[some], data.train_transform),
+        data.ImgDataset(val_x[others], val_y[others], data.test_transform), batch_size=6)
+    torch.manual_seed(0)
+    train.train(train.Classifier(), train_loader, val_loader, num_epoch=8, lr=1e-4, device=CPU)
+    lines = [LINE.fullmatch(line).groups() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:2] for line in lines] == [(f'00{epoch}', '008') for epoch in range(1, 9)]
+    assert float(lines[-1][3]) < float(lines[0][3]) / 3
+    assert max(float(line[4]) for line in lines) > .9
+
+
+def test_printed_means_count_every_image_once(arrays, capsys):
+    """44 images in batches of 16, 16 and 12, against all 44 at once."""
+    train_x, train_y, val_x, val_y = arrays
+    train_set = data.ImgDataset(train_x, train_y, data.test_transform)
+    val_set = data.ImgDataset(val_x[:21], val_y[:21], data.test_transform)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 128 * 128, 11))
+    train.train(model, *data.make_loaders(train_set, val_set, batch_size=16), num_epoch=1, lr=0, device=CPU)
+    printed = [float(text) for text in LINE.fullmatch(capsys.readouterr().out.strip()).groups()[2:]]
+    expected = []
+    for dataset in (train_set, val_set):
+        x, y = zip(*dataset)
+        scores, y = model(torch.stack(x)), torch.stack(y)
+        expected += [(scores.argmax(1) == y).double().mean().item(), F.cross_entropy(scores, y).item()]
+    assert printed == pytest.approx(expected, abs=2e-6)
+
+
+def test_evaluate_leaves_the_network_as_it_is(arrays):
+    val_set = data.ImgDataset(*arrays[2:], data.test_transform)
+    _, val_loader = data.make_loaders(val_set, val_set, batch_size=8)
+    torch.manual_seed(0)
+    model = train.Classifier()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    accuracy, loss = train.evaluate(model, val_loader, nn.CrossEntropyLoss(), CPU)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    x, y = next(iter(data.make_loaders(val_set, val_set)[1]))
+    scores = model.eval()(x)
+    assert accuracy == pytest.approx((scores.argmax(1) == y).double().mean().item())
+    assert loss == pytest.approx(F.cross_entropy(scores, y).item(), abs=1e-5)
+
+
+# ---------------------------------------------------------------------- the script
+
+def test_script_prints_a_line_an_epoch_and_nothing_else(script, food11):
+    done = script('chapter2_2_train.py', '--data-dir', food11, '--epochs', 2, '--batch-size', 16, '--workers', 1,
+                  '--device', 'cpu')
+    assert done.returncode == 0
+    assert done.stderr == '44 training and 22 validation images, on cpu\n'
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all(map(LINE.fullmatch, lines))
+
+
+def test_the_same_seed_gives_the_same_numbers(call, food11):
+    first, again, other = [call(train.main, '--data-dir', food11, '--epochs', 1, '--batch-size', 16, '--seed', seed,
+                                '--device', 'cpu').stdout.split('sec')[1] for seed in (5, 5, 6)]
+    assert first == again != other
+
+
+@pytest.mark.parametrize('arguments, word', [
+    (['--device', 'toaster'], 'toaster'),
+    (['--device', 'cuda:99'], 'cuda:99'),
+    (['--data-dir', 'nowhere'], 'nowhere'),
+])
+def test_mistakes_end_in_one_line(call, arguments, word):
+    done = call(train.main, *arguments)
+    assert done.returncode == 1 and done.stdout == ''
+    assert done.stderr.startswith('error: ') and word in done.stderr and done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('arguments', [['--epochs', '0'], ['--batch-size', '-1'], ['--lr', 'nan'], ['--workers', 'x'],
+                                       ['--seed', '-1'], ['--demo', '--data-dir', 'elsewhere']])
+def test_impossible_settings_are_refused(call, arguments):
+    done = call(train.main, *arguments)
+    assert done.returncode == 2 and f'error: argument {arguments[-2]}' in done.stderr
+
+
+def test_too_little_memory_names_the_batch_size(call, food11, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+    monkeypatch.setattr(train, 'train', full)
+    assert 'batches of 128: try --batch-size 64' in call(train.main, '--data-dir', food11, '--device', 'cpu').stderr

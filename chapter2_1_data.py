@@ -8,8 +8,10 @@
 chapter2_2_train.py imports what it trains on from here.
 """
 import argparse
+import functools
 import os
 import re
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,15 +20,12 @@ import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 from tqdm import tqdm
 
 CLASSES = ('Bread', 'Dairy product', 'Dessert', 'Egg', 'Fried food', 'Meat',
            'Noodles/Pasta', 'Rice', 'Seafood', 'Soup', 'Vegetable/Fruit')
-# Kaggle's archive has a folder per class; no folder name can hold the slash of 'Noodles/Pasta'.
-CLASS_FOLDERS = {name.replace('/', '-').lower(): label for label, name in enumerate(CLASSES)}
-CLUTTER = {'thumbs.db', 'desktop.ini', '__macosx'}  # and every name that begins with a dot
-NOT_IMAGES = {'.csv', '.html', '.ini', '.json', '.md', '.py', '.txt', '.zip'}  # notes beside the photographs
+CLUTTER = {'__macosx', '@eadir'}  # folders that systems leave behind; names that begin with a dot are left out as well
+NOT_IMAGES = {'.csv', '.db', '.html', '.ini', '.json', '.md', '.py', '.txt', '.zip'}  # Thumbs.db, desktop.ini, notes
 
 data_dir = './food-11'
 demo_dir = './food-11-demo'
@@ -59,36 +58,37 @@ def list_images(path):
     Raises UserError if the folder is missing or holds no photograph.
     """
     path = Path(path)
-    if not path.is_dir():
-        nested = next(path.parent.glob(f'*/{path.name}'), None)  # an archive unpacked one folder too deep
+    if not path.is_dir():  # perhaps unpacked a folder too deep, or --data-dir names training itself
+        near = [*path.parent.glob(f'*/{path.name}'), *path.parent.parent.glob(path.name)]
         raise UserError(f'no folder {path.absolute()}: ' + (
-            f'is it {nested.parent}? Then give --data-dir "{nested.parent}"' if nested else
-            f'food-11 must lie as {path.parent}/training/0_0.jpg and {path.parent}/validation/0_0.jpg; get it with '
-            '"gdown 19CzXudqN58R3D-1G8KeFWk8UDQwlb8is" or as food-11/README.md says, name another place with '
-            '--data-dir, or try --demo, which needs no photographs'))
+            f'give --data-dir "{near[0].parent}" if {near[0]} is meant' if near else
+            f'food-11 must lie as {path.parent}/training/0_0.jpg and {path.parent}/validation/0_0.jpg; food-11/README.md says '
+            'how to get it (python -m gdown 19CzXudqN58R3D-1G8KeFWk8UDQwlb8is -O food-11.zip, and unpack); --data-dir names '
+            'another place, and --demo needs no photographs'))
 
-    def wanted(name):
-        return not (name.startswith('.') or name.lower() in CLUTTER or Path(name).suffix.lower() in NOT_IMAGES)
+    def wanted(file):
+        names = file.relative_to(path).parts
+        return not (file.is_dir() or file.suffix.lower() in NOT_IMAGES
+                    or any(name.startswith('.') or name.lower() in CLUTTER for name in names))
 
-    def stop(error):
-        raise error
-
-    files = []
-    for folder, subfolders, names in os.walk(path, onerror=stop, followlinks=True):
-        subfolders[:] = filter(wanted, subfolders)
-        files += [Path(folder, name) for name in names if wanted(name)]
+    files = [file for pattern in ('*', '*/*') for file in path.glob(pattern) if wanted(file)]
     if not files:
         raise UserError(f'no photographs in {path}: it should hold files such as 0_0.jpg (food-11/README.md)')
     return sorted(files, key=lambda file: file.relative_to(path).parts)
+
+
+def letters(name):
+    return re.sub('[^a-z]', '', name.lower())  # no folder can be called Noodles/Pasta; Kaggle has Noodles-Pasta
 
 
 def label_of(file, path):
     """Label 0..10 of a photograph in the split folder `path`: the number before `_` or `-` in its name
     (`3_17.jpg`), or the class its folder is named after (`Egg/17.jpg`). Raises ValueError if there is none."""
     if file.parent != path:
-        if file.parent.name.lower() not in CLASS_FOLDERS:
-            raise ValueError(f'its folder {file.parent.name!r} is not named after a class such as Bread')
-        return CLASS_FOLDERS[file.parent.name.lower()]
+        classes = [letters(name) for name in CLASSES]
+        if letters(file.parent.name) not in classes:
+            raise ValueError(f'its folder {file.parent.name!r} is not named after a class such as Bread or Noodles-Pasta')
+        return classes.index(letters(file.parent.name))
     number = re.match(r'([0-9]+)[_-]', file.name)
     if not number:
         raise ValueError('no label in its name, which should look like 3_17.jpg (label_number)')
@@ -104,7 +104,10 @@ def read_image(file):
     data = np.fromfile(file, np.uint8)  # cv2.imread cannot open non-ASCII paths on Windows
     if not data.size:
         raise ValueError('empty file')
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    except cv2.error:  # more pixels than OpenCV takes
+        image = None
     if image is None:
         raise ValueError('cut off, or no image that OpenCV can read')
     return cv2.resize(image, (image_size, image_size))
@@ -118,9 +121,10 @@ def read_images(files):
     def read(i):
         try:
             x[i] = read_image(files[i])
-        except (OSError, ValueError, cv2.error) as error:
-            problems[files[i]] = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+        except (OSError, ValueError) as error:
+            problems[files[i]] = getattr(error, 'strerror', None) or error
 
+    (getattr(cv2, 'setLogLevel', None) or cv2.utils.logging.setLogLevel)(0)  # OpenCV's own lines name no file
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads suffice: OpenCV releases the GIL
         for _ in tqdm(pool.map(read, range(len(files))), 'reading', len(files), leave=False, unit='img', disable=None):
             pass
@@ -151,7 +155,7 @@ def read_testing(path):
     x, problems = read_images(files)
     if problems:
         raise BadFiles(problems)
-    return x, [file.name for file in files]
+    return x, [file.relative_to(path).as_posix() for file in files]
 
 
 def read_food11(data_dir):
@@ -169,13 +173,24 @@ def read_food11(data_dir):
 
 # ---------------------------------------------------------------------- dataset and batches (2.2)
 
-train_transform = transforms.Compose([
-    transforms.ToPILImage(),
-    transforms.RandomHorizontalFlip(),
-    transforms.RandomRotation(15),  # degrees, to either side
-    transforms.ToTensor(),          # uint8 (128, 128, 3) in 0..255 -> float32 (3, 128, 128) in 0..1
-])
-test_transform = transforms.Compose([transforms.ToPILImage(), transforms.ToTensor()])
+@functools.cache
+def book_transforms():
+    """train_transform and test_transform."""
+    from torchvision import transforms  # here: importing it takes longer than predicting a photograph
+    train_transform = transforms.Compose([
+        transforms.ToPILImage(),
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomRotation(15),  # degrees, to either side
+        transforms.ToTensor(),          # uint8 (128, 128, 3) in 0..255 -> float32 (3, 128, 128) in 0..1
+    ])
+    test_transform = transforms.Compose([transforms.ToPILImage(), transforms.ToTensor()])
+    return train_transform, test_transform
+
+
+def __getattr__(name):  # so that `from chapter2_1_data import train_transform` works as in the book
+    if name in ('train_transform', 'test_transform'):
+        return book_transforms()[name == 'test_transform']
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 class ImgDataset(Dataset):
@@ -234,9 +249,9 @@ def draw_preview(figure, train_set, index, draws=4):
     axes.set_xlabel(f'train_set[{index}]', fontsize=9)
     axes.set(xticks=(), yticks=())
 
-    right.suptitle(f'one photograph of each class, and {draws} augmentations of it', fontsize=10)
+    right.suptitle(f'one image of each class as it is (top row), and {draws} augmentations of it', fontsize=10)
     grid = right.subplots(1 + draws, len(CLASSES), gridspec_kw={'hspace': .06, 'wspace': .06})
-    untouched = ImgDataset(train_set.x, train_set.y, test_transform)
+    untouched = ImgDataset(train_set.x, train_set.y, book_transforms()[1])
     for label, column in enumerate(grid.T):
         column[0].set_title(f'{label}\n' + re.sub(r'([ /])', r'\1\n', CLASSES[label]), fontsize=8)
         found = torch.nonzero(train_set.y == label).flatten().tolist()
@@ -258,12 +273,12 @@ def show_preview(train_set, index, save=None):
     if save is None and figure.canvas.required_interactive_framework:
         plt.show()
         return
-    save = save or 'chapter2_1_data.png'
+    save = Path(save or 'chapter2_1_data.png')
     try:
-        figure.savefig(save, dpi=100)
+        figure.savefig(save, dpi=100, format=save.suffix[1:] or 'png')
     except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib cannot write
         raise UserError(f'cannot write the picture {save}: {error}') from None
-    print(f'picture written to {Path(save).absolute()}')
+    print(f'picture written to {save.absolute()}')
 
 
 # ---------------------------------------------------------------------- drawn dishes, to try everything without a download
@@ -351,13 +366,15 @@ def draw_food11(folder, training=30, validation=10):
 
 def run(main):
     """Runs a script's `main`; a user's mistake ends it with one message on stderr and exit status 1."""
-    sys.stdout.reconfigure(errors='backslashreplace')  # a Windows pipe may lack the characters of a path
+    if hasattr(sys.stdout, 'reconfigure'):  # not in IDLE
+        sys.stdout.reconfigure(errors='backslashreplace')  # a Windows pipe may lack the characters of a path
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a script as Ctrl-C does
     try:
         main()
     except (UserError, OSError) as error:
         sys.exit(f'error: {error}')
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(stop or 'interrupted', file=sys.stderr)
         sys.exit(130)
 
 
@@ -365,7 +382,7 @@ def add_data_arguments(parser):
     where = parser.add_mutually_exclusive_group()
     where.add_argument('--data-dir', default=data_dir, metavar='DIR',
                        help='folder that holds training/ and validation/ (default: %(default)s)')
-    where.add_argument('--demo', action='store_const', dest='data_dir', const=demo_dir,
+    where.add_argument('--demo', action='store_true',
                        help=f'draw a small food-11 into {demo_dir} and use that: needs no photographs')
 
 
@@ -377,15 +394,15 @@ def main():
                         'without a display, write chapter2_1_data.png)')
     args = parser.parse_args()
 
-    if args.data_dir == demo_dir:
+    if args.demo:
         draw_food11(demo_dir)
-    train_x, train_y, val_x, val_y = read_food11(args.data_dir)
+    train_x, train_y, val_x, val_y = read_food11(demo_dir if args.demo else args.data_dir)
     print(train_x.shape)
     print_counts(train_y, val_y)
     index = min(100, len(train_x) - 1) if args.index is None else args.index
     if not 0 <= index < len(train_x):
         raise UserError(f'--index {index}: there are {len(train_x)} training images, so it must be in 0..{len(train_x) - 1}')
-    show_preview(ImgDataset(train_x, train_y, train_transform), index, args.save)
+    show_preview(ImgDataset(train_x, train_y, book_transforms()[0]), index, args.save)
 
 
 if __name__ == '__main__':

@@ -4,20 +4,35 @@
     python chapter2_2_train.py --demo               no photographs at hand: learns drawn dishes, in a minute or two
     python chapter2_2_train.py --workers 4          four processes prepare the batches, so that a GPU waits less
     python chapter2_2_train.py >train.log           a log of the epochs and nothing else
+
+Each run keeps its checkpoints, history and pictures in a folder of its own:
+
+    python chapter2_2_train.py --out runs/night --resume   starts a run, or continues it: the same command again and again
+    python chapter2_2_train.py --out runs/night --predict dinner.jpg food-11/testing
+    python chapter2_2_train.py --out runs/night --dreams   what each class looks like to the network (section 1.2)
 """
 import argparse
+import io
+import itertools
+import json
+import math
+import os
 import sys
 import time
+import zlib
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from chapter2_1_data import (CLASSES, ImgDataset, UserError, add_data_arguments, batch_size, demo_dir, draw_food11,
-                             make_loaders, read_food11, run, test_transform, train_transform)
+from chapter2_1_data import (CLASSES, ImgDataset, UserError, add_data_arguments, batch_size, book_transforms, data_dir,
+                             demo_dir, draw_food11, list_images, make_loaders, read_food11, read_images, run)
 
 num_epoch = 100
 learning_rate = 0.001
+save_seconds = 60  # a checkpoint takes a second or two
 DEMO = {'epochs': 5, 'batch_size': 16, 'lr': 0.0001}  # settings that suit a few drawn dishes
 
 
@@ -100,16 +115,225 @@ def evaluate(model, val_loader, loss, device, title=''):
     return correct.item() / len(val_loader.dataset), loss_sum.item() / len(val_loader.dataset)
 
 
-def train(model, train_loader, val_loader, num_epoch, lr, device):
-    """The book's loop. Prints a line after each epoch."""
+# ---------------------------------------------------------------------- the run's folder
+
+HISTORY = ('epoch', 'seconds', 'train_acc', 'train_loss', 'val_acc', 'val_loss')
+
+
+def write(path, save):
+    """Makes what `save(file)` writes the file `path`, whole or not at all: beside it, flushed to the disk, put in place."""
+    beside, content = path.with_name(path.name + '.tmp'), io.BytesIO()
+    save(content)
+    try:
+        with open(beside, 'wb') as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.replace(beside, path)
+        except PermissionError:  # Windows, while Excel or a viewer holds the old file open
+            print(f'{path} is in use by another program: left as it was', file=sys.stderr)
+    except OSError as error:
+        raise UserError(f'cannot write {path}: {error.strerror}; what was saved before is whole') from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    write(path, lambda file: file.write(text.encode()))
+
+
+def save(out, model, optimizer, history, best_weights=None):
+    """Writes best.pt (if there are new best weights), last.pt, history.csv and curves.png."""
+    if best_weights:  # first: a run killed after this line finds these weights again on its way
+        write(out / 'best.pt', lambda file: torch.save({'model': best_weights}, file))
+    state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'history': history}
+    write(out / 'last.pt', lambda file: torch.save(state, file))
+    rows = [','.join(f'{value:.6f}' if isinstance(value, float) else str(value) for value in row.values()) for row in history]
+    write_text(out / 'history.csv', '\n'.join([','.join(HISTORY), *rows, '']))
+    write(out / 'curves.png', draw_curves(history).savefig)
+
+
+def load(path, device, model, optimizer=None):
+    """Puts a checkpoint's weights (and Adam's state) in place and returns its history. Executes nothing that is in it.
+
+    Raises UserError if it is missing, damaged or none of ours."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        model.load_state_dict(state['model'])
+        if optimizer:
+            optimizer.load_state_dict(state['optimizer'])
+            return [dict(zip(HISTORY, map(row.get, HISTORY))) for row in state['history']]
+    except FileNotFoundError:
+        raise UserError(f'no {path.name} in {path.parent}: --out must name the folder of a run that has saved one') from None
+    except Exception:  # whatever a foreign file may lead torch.load to
+        raise UserError(f'{path} is damaged, or no checkpoint of this script; nothing in it was executed') from None
+
+
+# ---------------------------------------------------------------------- pictures of a run
+
+def new_figure(width, height, **options):
+    """A matplotlib figure (inches) that needs no display. Imported here, as --predict need not wait for it."""
+    from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout='constrained', **options)
+
+
+def draw_curves(history):
+    """curves.png: accuracy and loss over the epochs, the best epoch marked."""
+    figure = new_figure(10, 4)
+    epochs = [row['epoch'] for row in history]
+    best = max(history, key=lambda row: row['val_acc'])
+    for axes, what, name in zip(figure.subplots(1, 2), ('acc', 'loss'), ('accuracy', 'mean cross-entropy per image')):
+        for split, label in (('train', 'training'), ('val', 'validation')):
+            axes.plot(epochs, [row[f'{split}_{what}'] for row in history], marker='.', label=label)
+        axes.axvline(best['epoch'], color='grey', linestyle=':', label=f'best: epoch {best["epoch"]}')
+        axes.plot(best['epoch'], best[f'val_{what}'], 'o', color='C1')
+        axes.annotate(f'{best[f"val_{what}"]:.3f}', (best['epoch'], best[f'val_{what}']), (4, 6), textcoords='offset points')
+        axes.set(title=name, xlabel='epoch', xlim=(.5, epochs[-1] + .5), ylim=(0, 1.02 if what == 'acc' else None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=.3)
+        axes.legend()
+    return figure
+
+
+def draw_confusion(counts):
+    """confusion.png from counts (11, 11): a row for each true class, a column for each predicted one."""
+    figure = new_figure(9, 8.5)
+    axes = figure.subplots()
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    axes.imshow(shares, 'Blues', vmin=0, vmax=1)
+    middle = {'ha': 'center', 'va': 'center', 'fontsize': 8}
+    for true, predicted in zip(*np.nonzero(counts)):
+        share = shares[true, predicted]
+        axes.text(predicted, true, f'{counts[true, predicted]}\n{share:.0%}', color='white' if share > .5 else 'black', **middle)
+    for true in np.flatnonzero(counts.sum(1) == 0):
+        axes.text(len(CLASSES) / 2 - .5, true, 'no images of this class', color='grey', **middle)
+    axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha='right')
+    axes.set_yticks(range(len(CLASSES)), CLASSES)
+    axes.set(xlabel='predicted', ylabel='true',
+             title=f'validation images and their share of the true class: {np.trace(counts) / counts.sum():.1%} are right')
+    return figure
+
+
+def draw_grid(images, titles, columns, title):
+    """Images, uint8 or float (N, 128, 128, 3), BGR, in rows of `columns` under their titles."""
+    rows = max(1, math.ceil(len(images) / columns))
+    figure = new_figure(1.5 * columns, 2 * rows + .5)
+    figure.suptitle(title)
+    for i, axes in enumerate(figure.subplots(rows, columns).flat):
+        axes.set_axis_off()
+        if i < len(images):
+            axes.imshow(images[i][..., ::-1])  # OpenCV's BGR as RGB
+            axes.set_title(titles[i], fontsize=8)
+    return figure
+
+
+def report(model, val_x, val_y, device, out):
+    """What the run's best weights make of the validation images: a table, confusion.png and mistakes.png."""
+    load(out / 'best.pt', device, model)
+    chances = probabilities(model, val_x, device)
+    predicted = chances.argmax(1)
+    counts = np.zeros((len(CLASSES), len(CLASSES)), int)
+    np.add.at(counts, (val_y, predicted), 1)
+    print(f'{"with the best weights":<22} {"images":>6} {"right":>6} {"accuracy":>8}')
+    for label, name in enumerate(CLASSES):
+        images, right = counts[label].sum(), counts[label, label]
+        print(f'{label:>2} {name:<19} {images:>6} {right:>6} ' + (f'{right / images:>8.1%}' if images else f'{"-":>8}'))
+    print(f'{"in all":<22} {counts.sum():>6} {np.trace(counts):>6} {np.trace(counts) / counts.sum():>8.1%}', flush=True)
+    write(out / 'confusion.png', draw_confusion(counts).savefig)
+    wrong = np.flatnonzero(predicted != val_y)
+    wrong = wrong[np.argsort(-chances[wrong].max(1), kind='stable')][:24]
+    titles = [f'{CLASSES[val_y[i]]}\ntaken for\n{CLASSES[predicted[i]]} {chances[i].max():.0%}' for i in wrong]
+    title = 'the surest wrong answers on the validation images' if len(wrong) else 'no wrong answer on the validation images'
+    write(out / 'mistakes.png', draw_grid(val_x[wrong], titles, 8, title).savefig)
+
+
+def dream(model, device, steps=100):
+    """Gradient ascent on the input (section 1.2): for each class i an image x for which y_i - c * sum |x| is large
+    (formula 1.2.2; with c = 0 it is 1.2.1), as float (11, 128, 128, 3), BGR in 0..1, and its probability y_i."""
+    model.eval().requires_grad_(False)
+    torch.manual_seed(0)
+    classes = torch.arange(len(CLASSES), device=device)
+    x = (.4 + .1 * torch.rand(len(CLASSES), 3, 128, 128)).to(device).requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=.05)
+    for step in tqdm(range(steps), 'dreaming', leave=False, disable=None):
+        optimizer.zero_grad()
+        shift = torch.randint(-8, 9, (2,)).tolist()  # pixels; what must do in many places is a shape and no speckle
+        y = model(x.roll(shift, (2, 3))).log_softmax(1)[classes, classes]  # log y_i: largest where y_i is, never flat
+        (1e-4 * x.abs().sum() - y.sum()).backward()
+        optimizer.step()
+        with torch.no_grad():
+            if step % 4 == 0 and step < steps - 10:
+                x.copy_(nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False))  # smooths out the speckle left
+            x.clamp_(0, 1)  # a picture still
+    with torch.no_grad():
+        y = model(x).softmax(1)[classes, classes]
+    return x.detach().permute(0, 2, 3, 1).cpu().numpy(), y.cpu().numpy()
+
+
+# ---------------------------------------------------------------------- using a run
+
+@torch.no_grad()
+def probabilities(model, x, device):
+    """Softmax probabilities (N, 11) of images `x`, uint8 (N, 128, 128, 3), BGR."""
+    model.eval()
+    chances = [np.zeros((0, len(CLASSES)), np.float32)]
+    for i in range(0, len(x), 256):
+        batch = torch.from_numpy(x[i:i + 256]).to(device).permute(0, 3, 1, 2) / 255  # the numbers that ToTensor gives
+        chances.append(model(batch).softmax(1).cpu().numpy())
+    return np.concatenate(chances)
+
+
+def predict(paths, model, device, out):
+    """Prints the three likeliest classes of each photograph in `paths`; for a folder, writes predict.csv into `out` as
+    the course's Kaggle page takes it. Returns how many photographs could not be read; stderr names each of them."""
+    unreadable = 0
+    for path in map(Path, paths):
+        files = list_images(path) if path.is_dir() else [path]
+        x, problems = read_images(files)
+        for file, reason in problems.items():
+            print(f'{file}: {reason}', file=sys.stderr)
+        unreadable += len(problems)
+        read = [i for i, file in enumerate(files) if file not in problems]
+        chances = probabilities(model, x[read], device)
+        if path.is_dir():
+            labels = chances.argmax(1)
+            write_text(out / 'predict.csv', ''.join(['Id,Category\n', *(f'{i},{label}\n' for i, label in zip(read, labels))]))
+            counts = ', '.join(f'{np.sum(labels == label)} {CLASSES[label]}' for label in np.unique(labels))
+            print(f'{path}: {len(read)} of {len(files)} photographs predicted ({counts}) in {out / "predict.csv"}')
+        elif read:
+            likeliest = chances[0].argsort()[:-4:-1]
+            print(f'{path}: ' + ', '.join(f'{CLASSES[label]} {chances[0, label]:.1%}' for label in likeliest))
+    return unreadable
+
+
+def train(model, optimizer, train_loader, val_loader, num_epoch, device, seed, out, history):
+    """The book's loop from the epoch after `history` on. Prints a line after each epoch, and saves the run into `out`
+    so often that at most `save_seconds` are lost, or one epoch where an epoch is longer."""
     loss = nn.CrossEntropyLoss()
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    for epoch in range(1, num_epoch + 1):
-        start, title = time.perf_counter(), f'[{epoch:03}/{num_epoch:03}]'
-        train_acc, train_loss = train_epoch(model, train_loader, loss, optimizer, device, title)
-        val_acc, val_loss = evaluate(model, val_loader, loss, device, title + ' validation')
-        print(f'{title} {time.perf_counter() - start:.2f} sec(s) Train Acc: {train_acc:.6f} Loss: {train_loss:.6f} | '
-              f'Val Acc: {val_acc:.6f} loss: {val_loss:.6f}', flush=True)
+    best, best_weights = max((row['val_acc'] for row in history), default=-1), None
+    saved, saved_at = len(history), time.monotonic()
+    try:
+        for epoch in range(len(history) + 1, num_epoch + 1):
+            torch.manual_seed(seed + 1_000_003 * epoch)  # all an epoch draws hangs on these two: a resumed run repeats it
+            start, title = time.perf_counter(), f'[{epoch:03}/{num_epoch:03}]'
+            train_acc, train_loss = train_epoch(model, train_loader, loss, optimizer, device, title)
+            val_acc, val_loss = evaluate(model, val_loader, loss, device, title + ' validation')
+            seconds = time.perf_counter() - start
+            print(f'{title} {seconds:.2f} sec(s) Train Acc: {train_acc:.6f} Loss: {train_loss:.6f} | '
+                  f'Val Acc: {val_acc:.6f} loss: {val_loss:.6f}', flush=True)
+            if not math.isfinite(train_loss + val_loss):
+                raise UserError(f'epoch {epoch}: the loss is no longer a number; {out} keeps the state after epoch {saved}. '
+                                'Start a new run with a lower --lr')
+            history.append(dict(zip(HISTORY, (epoch, seconds, train_acc, train_loss, val_acc, val_loss))))
+            if val_acc > best:
+                best, best_weights = val_acc, {name: value.clone() for name, value in model.state_dict().items()}
+            if epoch == num_epoch or time.monotonic() - saved_at + seconds > save_seconds:
+                save(out, model, optimizer, history, best_weights)
+                saved, saved_at, best_weights = epoch, time.monotonic(), None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f'interrupted: {out} holds the state after epoch {saved} of {num_epoch}; '
+                                f'continue with --out {out} --resume') from None
 
 
 def pick_device(name=None):
@@ -121,7 +345,7 @@ def pick_device(name=None):
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:  # each kind of device fails in its own way
         raise UserError(f'--device {name}: PyTorch {torch.__version__} cannot use it here '
                         f'({str(error).splitlines()[0]}); leave --device out to take what there is') from None
     return device
@@ -129,7 +353,7 @@ def pick_device(name=None):
 
 # ---------------------------------------------------------------------- the script
 
-def number(kind, low, high=2**63 - 1):
+def number(kind, low, high):
     """An argparse type: a number of `kind` within low..high."""
     def parse(text):
         value = kind(text)
@@ -140,45 +364,126 @@ def number(kind, low, high=2**63 - 1):
     return parse
 
 
+def settings_for(args):
+    """The settings to train with: the given ones, else those of the run that is resumed, else the defaults; and the
+    settings that this run was started with. Raises UserError if the two do not fit, or --out holds a run to keep."""
+    defaults = {'data_dir': data_dir, 'epochs': num_epoch, 'batch_size': batch_size, 'lr': learning_rate, 'seed': 0}
+    defaults |= DEMO | {'data_dir': demo_dir} if args.demo else {}
+    earlier = {}
+    if args.out and any(Path(args.out, name).exists() for name in ('settings.json', 'last.pt', 'best.pt', 'history.csv')):
+        if not args.resume:
+            raise UserError(f'{args.out} already holds a run: continue it with --resume, or choose another --out')
+        try:
+            earlier = json.loads(Path(args.out, 'settings.json').read_text(encoding='utf-8'))
+            earlier = {name: earlier[name] for name in (*defaults, 'data')}
+        except (OSError, ValueError, LookupError, TypeError):
+            raise UserError(f'{args.out} holds a run, but its settings.json is missing or damaged') from None
+    given = {name: value for name, value in vars(args).items() if name in defaults and value is not None}
+    settings = defaults | earlier | given
+    other = [f'--{name.replace("_", "-")} {settings[name]} (it has {earlier[name]})'
+             for name in ('batch_size', 'lr', 'seed') if earlier and settings[name] != earlier[name]]
+    if other:
+        raise UserError(f'{args.out} cannot go on with {", ".join(other)}: leave that out, or start another run')
+    return settings, earlier
+
+
+def next_free_folder():
+    """Makes and returns the first of runs/001, runs/002, ... that there is not yet."""
+    for n in itertools.count(1):
+        out = Path('runs', f'{n:03}')
+        try:
+            out.mkdir(parents=True)
+            return out
+        except FileExistsError:
+            pass
+
+
+def start_training(args):
+    """What the script does without --predict and --dreams."""
+    device = pick_device(args.device)
+    settings, earlier = settings_for(args)
+    torch.manual_seed(settings['seed'])
+    model = Classifier().to(device, memory_format=torch.channels_last)  # the layout that convolutions are fastest in
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings['lr'])
+    history, out = [], args.out and Path(args.out)
+    if earlier and (out / 'last.pt').exists():
+        history = load(out / 'last.pt', device, model, optimizer)
+        if len(history) >= settings['epochs'] and (out / 'mistakes.png').exists():
+            print(f'{out} is finished: it has its {len(history)} epochs', file=sys.stderr)
+            return
+        print(f'resumed from epoch {len(history)}', file=sys.stderr)
+
+    if args.demo:
+        draw_food11(demo_dir)
+    train_x, train_y, val_x, val_y = read_food11(settings['data_dir'])
+    settings['data'] = 0
+    for array in (train_x, train_y, val_x, val_y):
+        settings['data'] = zlib.crc32(array, settings['data'])
+    if earlier and settings['data'] != earlier['data']:
+        raise UserError(f'{out} cannot go on with --data-dir {settings["data_dir"]}: it was trained on other photographs')
+    out = out or next_free_folder()
+    out.mkdir(parents=True, exist_ok=True)
+    for leftover in [*out.glob('*.tmp'), out / 'mistakes.png']:  # mistakes.png, written last, tells that a run is finished
+        leftover.unlink(missing_ok=True)
+    write_text(out / 'settings.json', json.dumps(settings, indent=1) + '\n')
+    about = (f' ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else
+             ' (PyTorch finds no GPU: see "GPU" in README.md)' if device.type == 'cpu' and args.device is None else '')
+    print(f'{len(train_x)} training and {len(val_x)} validation images, on {device}{about}, into {out}', file=sys.stderr)
+
+    train_transform, test_transform = book_transforms()
+    train_set = ImgDataset(train_x, train_y, train_transform)
+    val_set = ImgDataset(val_x, val_y, test_transform)
+    train_loader, val_loader = make_loaders(train_set, val_set, settings['batch_size'], args.workers)
+    try:
+        train(model, optimizer, train_loader, val_loader, settings['epochs'], device, settings['seed'], out, history)
+        report(model, val_x, val_y, device, out)
+    except RuntimeError as error:
+        if 'tried to allocate' not in str(error).lower():
+            raise
+        raise UserError(f'{device} has too little memory for batches of {settings["batch_size"]}: '
+                        'try --batch-size 64, or less') from None
+
+
+def use_run(args):
+    """--dreams and --predict, with the best weights of the run in --out."""
+    device, out = pick_device(args.device), Path(args.out)
+    model = Classifier().to(device, memory_format=torch.channels_last)
+    load(out / 'best.pt', device, model)
+    if args.dreams:
+        images, chances = dream(model, device)
+        titles = [f'{name}\n{chance:.1%}' for name, chance in zip(CLASSES, chances)]
+        write(out / 'dreams.png', draw_grid(images, titles, 6, 'what the network takes for ...').savefig)
+        print(f'picture written to {out / "dreams.png"}')
+    if args.predict and predict(args.predict, model, device, out):
+        sys.exit(1)
+
+
 def main():
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description="Trains the book's network on food-11.")
     add_data_arguments(parser)
-    parser.add_argument('--epochs', type=number(int, 1), metavar='N',
+    parser.add_argument('--epochs', type=number(int, 1, 10**9), metavar='N',
                         help=f'passes over the training images (default: {num_epoch}; with --demo {DEMO["epochs"]})')
-    parser.add_argument('--batch-size', type=number(int, 1), metavar='N',
+    parser.add_argument('--batch-size', type=number(int, 1, 10**9), metavar='N',
                         help=f'images a step (default: {batch_size}; with --demo {DEMO["batch_size"]})')
     parser.add_argument('--lr', type=number(float, 0, 1), metavar='X',
                         help=f"Adam's learning rate (default: {learning_rate}; with --demo {DEMO['lr']})")
-    parser.add_argument('--seed', type=number(int, 0), default=0, metavar='N',
-                        help='the same seed gives the same numbers again on the CPU (default: %(default)s)')
-    parser.add_argument('--workers', type=number(int, 0), default=0, metavar='N',
+    parser.add_argument('--seed', type=number(int, 0, 2**32 - 1), metavar='N',
+                        help='the same seed gives the same numbers again on the CPU (default: 0)')
+    parser.add_argument('--workers', type=number(int, 0, 1000), default=0, metavar='N',
                         help='processes that prepare batches; 0: the main process does (default: %(default)s)')
     parser.add_argument('--device', metavar='NAME', help='cuda, cuda:1, mps, xpu, cpu (default: CUDA if there is one, '
                         'else another accelerator, else the CPU)')
+    parser.add_argument('--out', metavar='DIR', help="the run's folder (default: the next free one of runs/001, runs/002, ...)")
+    parser.add_argument('--resume', action='store_true',
+                        help='continue the run in --out from its last checkpoint, or start it if there is none')
+    parser.add_argument('--predict', nargs='+', metavar='PATH',
+                        help='say what the run in --out takes photographs for; for a folder, in predict.csv')
+    parser.add_argument('--dreams', action='store_true', help='draw what each class looks like to the run in --out')
+    parser.set_defaults(data_dir=None)  # so that a resumed run finds its own
     args = parser.parse_args()
-    book = {'epochs': num_epoch, 'batch_size': batch_size, 'lr': learning_rate}
-    for name, value in (DEMO if args.data_dir == demo_dir else book).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-
-    device = pick_device(args.device)
-    if args.data_dir == demo_dir:
-        draw_food11(demo_dir)
-    train_x, train_y, val_x, val_y = read_food11(args.data_dir)
-    about = (f' ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else
-             ' (PyTorch finds no GPU: see "GPU" in README.md)' if device.type == 'cpu' and args.device is None else '')
-    print(f'{len(train_x)} training and {len(val_x)} validation images, on {device}{about}', file=sys.stderr)
-
-    torch.manual_seed(args.seed)
-    model = Classifier().to(device, memory_format=torch.channels_last)  # the layout that convolutions are fastest in
-    train_set = ImgDataset(train_x, train_y, train_transform)
-    val_set = ImgDataset(val_x, val_y, test_transform)
-    train_loader, val_loader = make_loaders(train_set, val_set, args.batch_size, args.workers)
-    try:
-        train(model, train_loader, val_loader, args.epochs, args.lr, device)
-    except torch.OutOfMemoryError:
-        raise UserError(f'{device} has too little memory for batches of {args.batch_size}: '
-                        'try --batch-size 64, or less') from None
+    if not args.out and (args.resume or args.predict or args.dreams):
+        parser.error('--resume, --predict and --dreams need the folder of a run: --out DIR')
+    use_run(args) if args.predict or args.dreams else start_training(args)
 
 
 if __name__ == '__main__':

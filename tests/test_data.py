@@ -107,11 +107,14 @@ def test_the_testing_folder_has_names_and_no_labels(tmp_path):
     ('1.jpg', 'whole', 'no label'),
     ('11_1.jpg', 'whole', 'label 11 is not in 0..10'),
     ('Pizza/1.jpg', 'whole', "folder 'Pizza'"),
+    ('0_2.jpg', 'link', 'No such file'),
 ])
 def test_a_bad_file_is_named_with_its_reason(tmp_path, name, content, reason):
     write(tmp_path / '5_0.jpg')
     file = tmp_path / name
-    if isinstance(content, bytes):
+    if content == 'link':
+        file.symlink_to(tmp_path / 'moved away')
+    elif isinstance(content, bytes):
         file.write_bytes(content)
     else:
         write(file, progressive=content == 'progressive')
@@ -143,6 +146,8 @@ def test_an_empty_and_a_missing_folder(tmp_path):
     assert str(tmp_path / 'food-11' / 'training') in message and 'gdown' in message and 'training/0_0.jpg' in message
     (tmp_path / 'food-11' / 'Food-11' / 'training').mkdir(parents=True)  # unpacked one folder too deep
     assert f'--data-dir "{tmp_path / "food-11" / "Food-11"}"' in problem(tmp_path / 'food-11' / 'training')
+    (tmp_path / 'training').mkdir()  # one folder too deep named
+    assert f'--data-dir "{tmp_path}"' in problem(tmp_path / 'training' / 'training')
 
 
 # ---------------------------------------------------------------------- dataset and batches
@@ -223,8 +228,19 @@ def test_data_script_on_the_demo(script, tmp_path):
     assert lines[0] == '(330, 128, 128, 3)'
     assert lines[5].split() == ['3', 'Egg', '30', '10'] and lines[13].split() == ['in', 'all', '330', '110']
     assert str(tmp_path / 'chapter2_1_data.png') in lines[14]
-    assert Image.open(tmp_path / 'chapter2_1_data.png').size >= (1200, 400)
+    width, height = Image.open(tmp_path / 'chapter2_1_data.png').size
+    assert 1000 < width < 1366 and 400 < height < 768  # readable, and fits a small screen
     assert not os.listdir(tmp_path / 'food-11')
+
+
+def test_with_a_display_the_preview_opens_in_a_window(call, tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+    shown = []
+    monkeypatch.setattr(plt.figure().canvas.__class__, 'required_interactive_framework', 'qt')
+    monkeypatch.setattr(plt, 'show', lambda: shown.append(plt.gcf().subfigs[0].axes[0].get_xlabel()))
+    for arguments in (['--index', '7'], []):
+        assert call(data.main, '--demo', *arguments).returncode == 0
+    assert shown == ['train_set[7]', 'train_set[100]'] and os.listdir(tmp_path) == ['food-11-demo']
 
 
 def test_data_scripts_mistakes_end_in_one_line(call, food11, tmp_path):

@@ -1,5 +1,9 @@
 """chapter2_2_train.py: the network, the facts about it, the training and its printed line."""
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from torch.nn import functional as F
 import chapter2_1_data as data
 import chapter2_2_train as train
 
-LINE = re.compile(r'\[(\d{3})/(\d{3})\] \d+\.\d\d sec\(s\) Train Acc: (\d\.\d{6}) Loss: (\d+\.\d{6}) \| '
+LINE = re.compile(r'\[(\d{3})/(\d{3,})\] \d+\.\d\d sec\(s\) Train Acc: (\d\.\d{6}) Loss: (\d+\.\d{6}) \| '
                   r'Val Acc: (\d\.\d{6}) loss: (\d+\.\d{6})')
 CPU = torch.device('cpu')
 
@@ -75,22 +79,28 @@ def test_training_learns_the_drawn_dishes(tmp_path, capsys):
         data.ImgDataset(train_x[some], train_y[some], data.train_transform),
         data.ImgDataset(val_x[others], val_y[others], data.test_transform), batch_size=6)
     torch.manual_seed(0)
-    train.train(train.Classifier(), train_loader, val_loader, num_epoch=8, lr=1e-4, device=CPU)
+    model = train.Classifier()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    train.train(model, optimizer, train_loader, val_loader, num_epoch=8, device=CPU, seed=0, out=tmp_path, history=[])
     lines = [LINE.fullmatch(line).groups() for line in capsys.readouterr().out.splitlines()]
     assert [line[:2] for line in lines] == [(f'00{epoch}', '008') for epoch in range(1, 9)]
     assert float(lines[-1][3]) < float(lines[0][3]) / 3
     assert max(float(line[4]) for line in lines) > .9
 
 
-def test_printed_means_count_every_image_once(arrays, capsys):
+def test_printed_means_count_every_image_once(arrays, capsys, tmp_path):
     """44 images in batches of 16, 16 and 12, against all 44 at once."""
     train_x, train_y, val_x, val_y = arrays
     train_set = data.ImgDataset(train_x, train_y, data.test_transform)
     val_set = data.ImgDataset(val_x[:21], val_y[:21], data.test_transform)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 128 * 128, 11))
-    train.train(model, *data.make_loaders(train_set, val_set, batch_size=16), num_epoch=1, lr=0, device=CPU)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 128 * 128, 11)).eval()
+    modes = []
+    model.register_forward_hook(lambda *_: modes.append(model.training))
+    train.train(model, torch.optim.Adam(model.parameters(), lr=0), *data.make_loaders(train_set, val_set, batch_size=16),
+                num_epoch=1, device=CPU, seed=0, out=tmp_path, history=[])
     printed = [float(text) for text in LINE.fullmatch(capsys.readouterr().out.strip()).groups()[2:]]
+    assert modes == [True] * 3 + [False] * 2
     expected = []
     for dataset in (train_set, val_set):
         x, y = zip(*dataset)
@@ -119,9 +129,60 @@ def test_script_prints_a_line_an_epoch_and_nothing_else(script, food11):
     done = script('chapter2_2_train.py', '--data-dir', food11, '--epochs', 2, '--batch-size', 16, '--workers', 1,
                   '--device', 'cpu')
     assert done.returncode == 0
-    assert done.stderr == '44 training and 22 validation images, on cpu\n'
+    assert done.stderr == f'44 training and 22 validation images, on cpu, into {Path("runs/001")}\n'
     lines = done.stdout.splitlines()
-    assert len(lines) == 2 and all(map(LINE.fullmatch, lines))
+    assert all(map(LINE.fullmatch, lines[:2])) and lines[2].split() == ['with', 'the', 'best', 'weights', 'images', 'right', 'accuracy']
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='a terminal of POSIX')
+def test_a_terminal_shows_progress_bars(food11, tmp_path):
+    import fcntl
+    import pty
+    import struct
+    import termios
+    terminal, stderr = pty.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack('4H', 24, 100, 0, 0))  # rows, columns
+    done = subprocess.run([sys.executable, train.__file__, '--data-dir', food11, '--epochs', '1', '--batch-size', '16', '--device', 'cpu'],
+                          cwd=tmp_path, stdout=subprocess.PIPE, stderr=stderr, encoding='utf-8')
+    os.close(stderr)
+    seen = b''
+    while chunk := read(terminal):
+        seen += chunk
+    assert done.returncode == 0 and LINE.fullmatch(done.stdout.splitlines()[0])
+    assert b'reading:' in seen and b'[001/001]:' in seen and b'[001/001] validation:' in seen
+
+
+def read(terminal):
+    try:
+        return os.read(terminal, 1 << 16)
+    except OSError:  # Linux says so at the end
+        return b''
+
+
+@pytest.mark.parametrize('arguments, epochs, batch, lr', [([], 100, 128, .001), (['--demo'], 5, 16, .0001)])
+def test_the_books_settings_are_the_defaults(call, food11, tmp_path, monkeypatch, arguments, epochs, batch, lr):
+    def look(model, optimizer, train_loader, val_loader, num_epoch, *_):
+        assert (num_epoch, train_loader.batch_size, val_loader.batch_size) == (epochs, batch, batch)
+        assert type(optimizer).__name__ == 'Adam' and optimizer.param_groups[0]['lr'] == lr
+        assert train_loader.dataset.transform is data.train_transform and val_loader.dataset.transform is data.test_transform
+        looked.append(len(train_loader.dataset))
+    looked = []
+    monkeypatch.setattr(train, 'train', look)
+    monkeypatch.setattr(train, 'report', lambda *_: None)
+    (tmp_path / 'food-11').symlink_to(food11, target_is_directory=True)
+    done = call(train.main, *arguments, '--device', 'cpu')
+    assert done.returncode == 0 and looked == [330 if arguments else 44]
+    assert len(os.listdir(food11 / 'training')) == 44
+
+
+def test_the_device_is_the_accelerator_if_there_is_one(monkeypatch):
+    assert train.pick_device('cpu') == CPU
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: False)
+    assert train.pick_device() == CPU
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda: torch.device('meta'))  # which holds no numbers
+    with pytest.raises(data.UserError, match='--device meta'):
+        train.pick_device()
 
 
 def test_the_same_seed_gives_the_same_numbers(call, food11):
@@ -150,6 +211,7 @@ def test_impossible_settings_are_refused(call, arguments):
 
 def test_too_little_memory_names_the_batch_size(call, food11, monkeypatch):
     def full(*_):
-        raise torch.OutOfMemoryError
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 64 GiB')
     monkeypatch.setattr(train, 'train', full)
-    assert 'batches of 128: try --batch-size 64' in call(train.main, '--data-dir', food11, '--device', 'cpu').stderr
+    done = call(train.main, '--data-dir', food11, '--device', 'cpu')
+    assert done.returncode == 1 and 'batches of 128: try --batch-size 64' in done.stderr

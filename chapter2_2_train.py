@@ -115,6 +115,50 @@ def evaluate(model, val_loader, loss, device, title=''):
     return correct.item() / len(val_loader.dataset), loss_sum.item() / len(val_loader.dataset)
 
 
+def train(model, optimizer, train_loader, val_loader, num_epoch, device, seed, out, history):
+    """The book's loop from the epoch after `history` on. Prints a line after each epoch, and saves the run into `out`
+    so often that at most `save_seconds` are lost, or one epoch where an epoch is longer."""
+    loss = nn.CrossEntropyLoss()
+    best, best_weights = max((row['val_acc'] for row in history), default=-1), None
+    saved, saved_at = len(history), time.monotonic()
+    try:
+        for epoch in range(len(history) + 1, num_epoch + 1):
+            torch.manual_seed(seed + 1_000_003 * epoch)  # all an epoch draws hangs on these two: a resumed run repeats it
+            start, title = time.perf_counter(), f'[{epoch:03}/{num_epoch:03}]'
+            train_acc, train_loss = train_epoch(model, train_loader, loss, optimizer, device, title)
+            val_acc, val_loss = evaluate(model, val_loader, loss, device, title + ' validation')
+            seconds = time.perf_counter() - start
+            print(f'{title} {seconds:.2f} sec(s) Train Acc: {train_acc:.6f} Loss: {train_loss:.6f} | '
+                  f'Val Acc: {val_acc:.6f} loss: {val_loss:.6f}', flush=True)
+            if not math.isfinite(train_loss + val_loss):
+                raise UserError(f'epoch {epoch}: the loss is no longer a number; {out} keeps the state after epoch {saved}. '
+                                'Start a new run with a lower --lr')
+            history.append(dict(zip(HISTORY, (epoch, seconds, train_acc, train_loss, val_acc, val_loss))))
+            if val_acc > best:
+                best, best_weights = val_acc, {name: value.clone() for name, value in model.state_dict().items()}
+            if epoch == num_epoch or time.monotonic() - saved_at + seconds > save_seconds:
+                save(out, model, optimizer, history, best_weights)
+                saved, saved_at, best_weights = epoch, time.monotonic(), None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f'interrupted: {out} holds the state after epoch {saved} of {num_epoch}; continue with '
+                                f'python chapter2_2_train.py --out {out} --resume') from None
+
+
+def pick_device(name=None):
+    """The device called `name`; without one CUDA, else another accelerator, else the CPU.
+
+    Raises UserError if PyTorch cannot use it here."""
+    if name is None:
+        name = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each kind of device fails in its own way
+        raise UserError(f'--device {name}: PyTorch {torch.__version__} cannot use it here '
+                        f'({str(error).splitlines()[0]}); leave --device out to take what there is') from None
+    return device
+
+
 # ---------------------------------------------------------------------- the run's folder
 
 HISTORY = ('epoch', 'seconds', 'train_acc', 'train_loss', 'val_acc', 'val_loss')
@@ -289,9 +333,14 @@ def predict(paths, model, device, out):
     the course's Kaggle page takes it. Returns how many photographs could not be read; stderr names each of them."""
     unreadable = 0
     for path in map(Path, paths):
-        files = list_images(path) if path.is_dir() else [path]
+        try:
+            files = list_images(path) if path.is_dir() else [path]
+        except UserError as error:
+            print(error, file=sys.stderr)
+            unreadable += 1
+            continue
         x, problems = read_images(files)
-        for file, reason in problems.items():
+        for file, reason in sorted(problems.items()):
             print(f'{file}: {reason}', file=sys.stderr)
         unreadable += len(problems)
         read = [i for i, file in enumerate(files) if file not in problems]
@@ -305,50 +354,6 @@ def predict(paths, model, device, out):
             likeliest = chances[0].argsort()[:-4:-1]
             print(f'{path}: ' + ', '.join(f'{CLASSES[label]} {chances[0, label]:.1%}' for label in likeliest))
     return unreadable
-
-
-def train(model, optimizer, train_loader, val_loader, num_epoch, device, seed, out, history):
-    """The book's loop from the epoch after `history` on. Prints a line after each epoch, and saves the run into `out`
-    so often that at most `save_seconds` are lost, or one epoch where an epoch is longer."""
-    loss = nn.CrossEntropyLoss()
-    best, best_weights = max((row['val_acc'] for row in history), default=-1), None
-    saved, saved_at = len(history), time.monotonic()
-    try:
-        for epoch in range(len(history) + 1, num_epoch + 1):
-            torch.manual_seed(seed + 1_000_003 * epoch)  # all an epoch draws hangs on these two: a resumed run repeats it
-            start, title = time.perf_counter(), f'[{epoch:03}/{num_epoch:03}]'
-            train_acc, train_loss = train_epoch(model, train_loader, loss, optimizer, device, title)
-            val_acc, val_loss = evaluate(model, val_loader, loss, device, title + ' validation')
-            seconds = time.perf_counter() - start
-            print(f'{title} {seconds:.2f} sec(s) Train Acc: {train_acc:.6f} Loss: {train_loss:.6f} | '
-                  f'Val Acc: {val_acc:.6f} loss: {val_loss:.6f}', flush=True)
-            if not math.isfinite(train_loss + val_loss):
-                raise UserError(f'epoch {epoch}: the loss is no longer a number; {out} keeps the state after epoch {saved}. '
-                                'Start a new run with a lower --lr')
-            history.append(dict(zip(HISTORY, (epoch, seconds, train_acc, train_loss, val_acc, val_loss))))
-            if val_acc > best:
-                best, best_weights = val_acc, {name: value.clone() for name, value in model.state_dict().items()}
-            if epoch == num_epoch or time.monotonic() - saved_at + seconds > save_seconds:
-                save(out, model, optimizer, history, best_weights)
-                saved, saved_at, best_weights = epoch, time.monotonic(), None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f'interrupted: {out} holds the state after epoch {saved} of {num_epoch}; '
-                                f'continue with --out {out} --resume') from None
-
-
-def pick_device(name=None):
-    """The device called `name`; without one CUDA, else another accelerator, else the CPU.
-
-    Raises UserError if PyTorch cannot use it here."""
-    if name is None:
-        name = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else 'cpu'
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()
-    except Exception as error:  # each kind of device fails in its own way
-        raise UserError(f'--device {name}: PyTorch {torch.__version__} cannot use it here '
-                        f'({str(error).splitlines()[0]}); leave --device out to take what there is') from None
-    return device
 
 
 # ---------------------------------------------------------------------- the script

@@ -172,7 +172,7 @@ def test_a_signal_ends_with_one_line_that_says_how_to_continue(photographs, tmp_
     lines = errors.splitlines()
     assert process.returncode == 130 and len(lines) == 2, errors
     saved = len(torch.load(out / 'last.pt', weights_only=True)['history'])
-    assert saved >= 1 and f'the state after epoch {saved} of 1000; continue with --out {out} --resume' in lines[1]
+    assert saved >= 1 and f'the state after epoch {saved} of 1000; continue with python chapter2_2_train.py --out {out} --resume' in lines[1]
 
 
 @pytest.mark.skipif(sys.platform != 'linux' or os.geteuid() != 0, reason='only root on Linux can make a small file system')
@@ -201,6 +201,17 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_state_before(call, 
     assert done.returncode == 1 and 'epoch 2: the loss is no longer a number' in done.stderr.splitlines()[-1]
     last = torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)
     assert [row['epoch'] for row in last['history']] == [1] and len(history(tmp_path / 'run')) == 1
+
+
+def test_a_file_that_another_program_holds_open_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    """What Windows answers while Excel shows history.csv."""
+    def held(*_):
+        raise PermissionError(errno.EACCES, 'in use')
+    file = tmp_path / 'history.csv'
+    file.write_text('old')
+    monkeypatch.setattr(os, 'replace', held)
+    train.write_text(file, 'new')
+    assert file.read_text() == 'old' and os.listdir(tmp_path) == ['history.csv'] and str(file) in capsys.readouterr().err
 
 
 class Malicious:
@@ -233,10 +244,11 @@ def test_predict_names_three_classes_and_writes_kaggles_table(script, finished, 
     for i in range(3):
         (folder / f'000{i}.jpg').write_bytes((photographs / 'validation' / f'{i}_0.jpg').read_bytes())
     (folder / '0001.jpg').write_bytes(b'no photograph')
-    done = script('chapter2_2_train.py', '--out', finished[0], '--predict', folder / '0000.jpg', 'gone.jpg', folder)
+    (tmp_path / 'empty').mkdir()
+    done = script('chapter2_2_train.py', '--out', finished[0], '--predict', folder / '0000.jpg', 'gone.jpg', 'empty', folder)
     assert done.returncode == 1
     errors = done.stderr.splitlines()
-    assert len(errors) == 2 and errors[0].startswith('gone.jpg: ') and errors[1].startswith(str(folder / '0001.jpg'))
+    assert [error.split(':')[0] for error in errors] == ['gone.jpg', 'no photographs in empty', str(folder / '0001.jpg')]
     single, summary = done.stdout.splitlines()
     model = train.Classifier()
     train.load(finished[0] / 'best.pt', CPU, model)
@@ -268,7 +280,7 @@ def test_a_dream_brightens_what_its_class_is_known_by_and_nothing_else():
     assert images.shape == (11, 128, 128, 3) and images.min() >= 0 and images.max() <= 1
     for label, image in enumerate(images):
         bands = image[:121].reshape(11, -1).mean(1)
-        assert bands.argmax() == label and bands[label] > .5
+        assert bands.argmax() == label and bands[label] > .3
         assert all(band < .1 for i, band in enumerate(bands) if 2 < abs(i - label) < 9)  # the image is shifted in a ring
         assert chances[label] > .9
 

@@ -239,30 +239,26 @@ def rgb(image):
 
 
 def draw_preview(figure, train_set, index, draws=4):
-    """On a matplotlib figure: `train_set[index]`, and beside it one photograph of each class, untouched,
-    with `draws` of its augmentations below."""
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.9))
+    """On a matplotlib figure: `train_set[index]`, and beside it the first image of each class, as it is and in `draws`
+    augmentations."""
+    left, right = figure.subplots(1, 2, width_ratios=(1, 2.9))
     image, label = train_set[index]
-    axes = left.subplots()
-    axes.imshow(rgb(image))
-    axes.set_title(f'{label}: {CLASSES[label]}')
-    axes.set_xlabel(f'train_set[{index}]', fontsize=9)
-    axes.set(xticks=(), yticks=())
+    left.imshow(rgb(image))
+    left.set(title=f'{label}: {CLASSES[label]}', xlabel=f'train_set[{index}]', xticks=(), yticks=())
 
-    right.suptitle(f'one image of each class as it is (top row), and {draws} augmentations of it', fontsize=10)
-    grid = right.subplots(1 + draws, len(CLASSES), gridspec_kw={'hspace': .06, 'wspace': .06})
-    untouched = ImgDataset(train_set.x, train_set.y, book_transforms()[1])
-    for label, column in enumerate(grid.T):
-        column[0].set_title(f'{label}\n' + re.sub(r'([ /])', r'\1\n', CLASSES[label]), fontsize=8)
+    tile, names = image_size + 8, []  # pixels; a white margin of 4
+    tiles = np.ones((1 + draws, len(CLASSES), tile, tile, 3))
+    for label, name in enumerate(CLASSES):
         found = torch.nonzero(train_set.y == label).flatten().tolist()
-        for row, axes in enumerate(column):
-            axes.set(xticks=(), yticks=())
-            if found:
-                axes.imshow(rgb((train_set if row else untouched)[found[0]][0]))
-            else:
-                axes.set_axis_off()
-        if not found:
-            column[0].text(.5, .5, 'none', ha='center', va='center', transform=column[0].transAxes, fontsize=8)
+        names.append(f'{label}\n' + re.sub('([ /])', '\\1\n', name) + ('' if found else '\n(none)'))
+        for row in range(1 + draws if found else 0):
+            tiles[row, label, 4:-4, 4:-4] = rgb(train_set[found[0]][0]) if row else train_set.x[found[0]][..., ::-1] / 255
+    right.imshow(tiles.transpose(0, 2, 1, 3, 4).reshape((1 + draws) * tile, len(CLASSES) * tile, 3))
+    right.xaxis.tick_top()
+    right.set_xticks(tile * (np.arange(len(CLASSES)) + .5), names, fontsize=8)
+    right.set_yticks(tile * (np.arange(1 + draws) + .5), ['as it is', *['augmented'] * draws], fontsize=8)
+    right.tick_params(length=0)
+    right.spines[:].set_visible(False)
 
 
 def show_preview(train_set, index, save=None):

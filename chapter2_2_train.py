@@ -12,6 +12,7 @@ Each run keeps its checkpoints, history and pictures in a folder of its own:
     python chapter2_2_train.py --out runs/night --dreams   what each class looks like to the network (section 1.2)
 """
 import argparse
+import contextlib
 import io
 import itertools
 import json
@@ -232,7 +233,8 @@ def draw_curves(history):
             axes.plot(epochs, [row[f'{split}_{what}'] for row in history], marker='.', label=label)
         axes.axvline(best['epoch'], color='grey', linestyle=':', label=f'best: epoch {best["epoch"]}')
         axes.plot(best['epoch'], best[f'val_{what}'], 'o', color='C1')
-        axes.annotate(f'{best[f"val_{what}"]:.3f}', (best['epoch'], best[f'val_{what}']), (4, 6), textcoords='offset points')
+        axes.annotate(f'{best[f"val_{what}"]:.3f}', (best['epoch'], best[f'val_{what}']), (-6, 7), textcoords='offset points',
+                      ha='right', color='C1')
         axes.set(title=name, xlabel='epoch', xlim=(.5, epochs[-1] + .5), ylim=(0, 1.02 if what == 'acc' else None))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=.3)
@@ -255,7 +257,7 @@ def draw_confusion(counts):
     axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha='right')
     axes.set_yticks(range(len(CLASSES)), CLASSES)
     axes.set(xlabel='predicted', ylabel='true',
-             title=f'validation images and their share of the true class: {np.trace(counts) / counts.sum():.1%} are right')
+             title=f'validation images, and their share of the true class: {np.trace(counts) / counts.sum():.1%} are right')
     return figure
 
 
@@ -395,12 +397,9 @@ def settings_for(args):
 def next_free_folder():
     """Makes and returns the first of runs/001, runs/002, ... that there is not yet."""
     for n in itertools.count(1):
-        out = Path('runs', f'{n:03}')
-        try:
-            out.mkdir(parents=True)
-            return out
-        except FileExistsError:
-            pass
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(f'runs/{n:03}')
+            return Path(f'runs/{n:03}')
 
 
 def start_training(args):

@@ -228,7 +228,7 @@ def test_a_bad_checkpoint_gives_one_line_and_is_not_executed(call, finished, tmp
         if kind == 'foreign':
             torch.save({'model': {'weight': torch.zeros(3)}}, out / name)
         else:
-            content = {'cut off': (finished[0] / name).read_bytes()[:-100_000], 'empty': b'', 'malicious': pickle.dumps(Malicious())}
+            content = {'cut off': (finished[0] / name).read_bytes()[:-100_000], 'empty': b'', 'malicious': pickle.dumps(Malicious(), 2)}
             (out / name).write_bytes(content[kind])
     for name, arguments in (('last.pt', ['--resume']), ('best.pt', ['--predict', 'dinner.jpg'])):
         done = call(train.main, '--out', out, '--device', 'cpu', *arguments)

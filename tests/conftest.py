@@ -27,6 +27,16 @@ def arrays(food11):
     return data.read_food11(food11)
 
 
+@pytest.fixture(scope='session')
+def photographs(tmp_path_factory):
+    """One training and one validation image of each class but the eggs."""
+    folder = tmp_path_factory.mktemp('few')
+    data.draw_food11(folder, training=1, validation=1)
+    for split in ('training', 'validation'):
+        (folder / split / '3_0.jpg').unlink()
+    return folder
+
+
 @pytest.fixture
 def script(tmp_path):
     """Runs a script as a user would, in an empty folder and without a display."""

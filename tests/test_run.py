@@ -48,16 +48,6 @@ data.run(train.main)
 '''
 
 
-@pytest.fixture(scope='module')
-def photographs(tmp_path_factory):
-    """One training and one validation image of each class but the eggs."""
-    folder = tmp_path_factory.mktemp('few')
-    data.draw_food11(folder, training=1, validation=1)
-    for split in ('training', 'validation'):
-        (folder / split / '3_0.jpg').unlink()
-    return folder
-
-
 def command(photographs, *arguments, instant='never'):
     return [sys.executable, '-c', DRIVER, instant, '--data-dir', str(photographs), '--batch-size', '4', '--device', 'cpu',
             *map(str, arguments)]

@@ -125,24 +125,24 @@ def test_evaluate_leaves_the_network_as_it_is(arrays):
 
 # ---------------------------------------------------------------------- the script
 
-def test_script_prints_a_line_an_epoch_and_nothing_else(script, food11):
-    done = script('chapter2_2_train.py', '--data-dir', food11, '--epochs', 2, '--batch-size', 16, '--workers', 1,
+def test_script_prints_a_line_an_epoch_and_nothing_else(script, photographs):
+    done = script('chapter2_2_train.py', '--data-dir', photographs, '--epochs', 2, '--batch-size', 4, '--workers', 1,
                   '--device', 'cpu')
     assert done.returncode == 0
-    assert done.stderr == f'44 training and 22 validation images, on cpu, into {Path("runs/001")}\n'
+    assert done.stderr == f'10 training and 10 validation images, on cpu, into {Path("runs/001")}\n'
     lines = done.stdout.splitlines()
     assert all(map(LINE.fullmatch, lines[:2])) and lines[2].split() == ['with', 'the', 'best', 'weights', 'images', 'right', 'accuracy']
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='a terminal of POSIX')
-def test_a_terminal_shows_progress_bars(food11, tmp_path):
+def test_a_terminal_shows_progress_bars(photographs, tmp_path):
     import fcntl
     import pty
     import struct
     import termios
     terminal, stderr = pty.openpty()
     fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack('4H', 24, 100, 0, 0))  # rows, columns
-    done = subprocess.run([sys.executable, train.__file__, '--data-dir', food11, '--epochs', '1', '--batch-size', '16', '--device', 'cpu'],
+    done = subprocess.run([sys.executable, train.__file__, '--data-dir', photographs, '--epochs', '1', '--batch-size', '4', '--device', 'cpu'],
                           cwd=tmp_path, stdout=subprocess.PIPE, stderr=stderr, encoding='utf-8')
     os.close(stderr)
     seen = b''
@@ -185,8 +185,8 @@ def test_the_device_is_the_accelerator_if_there_is_one(monkeypatch):
         train.pick_device()
 
 
-def test_the_same_seed_gives_the_same_numbers(call, food11):
-    first, again, other = [call(train.main, '--data-dir', food11, '--epochs', 1, '--batch-size', 16, '--seed', seed,
+def test_the_same_seed_gives_the_same_numbers(call, photographs):
+    first, again, other = [call(train.main, '--data-dir', photographs, '--epochs', 1, '--batch-size', 4, '--seed', seed,
                                 '--device', 'cpu').stdout.split('sec')[1] for seed in (5, 5, 6)]
     assert first == again != other
 

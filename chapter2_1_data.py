@@ -196,19 +196,23 @@ def __getattr__(name):  # so that `from chapter2_1_data import train_transform` 
 class ImgDataset(Dataset):
     """Images `x`, uint8 (N, 128, 128, 3), with labels `y` (N,) or without.
 
-    An item is the transformed image and its label (a LongTensor), or the image alone when there are no labels.
+    An item is the transformed image and its label (a LongTensor), or the image alone when there are no labels. With a
+    `seed` set, what the transform draws for an image hangs on that and the index alone, not on which process draws it.
     """
 
     def __init__(self, x, y=None, transform=None):
         self.x = x
         self.y = None if y is None else torch.as_tensor(y, dtype=torch.long)
         self.transform = transform
+        self.seed = None
 
     def __len__(self):
         return len(self.x)
 
     def __getitem__(self, index):
         x = self.x[index]
+        if self.seed is not None:
+            torch.default_generator.manual_seed(self.seed + index)
         if self.transform is not None:
             x = self.transform(x)
         return x if self.y is None else (x, self.y[index])
@@ -370,7 +374,7 @@ def run(main):
     except (UserError, OSError) as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt as stop:
-        print(stop or 'interrupted', file=sys.stderr)
+        print(str(stop) or 'interrupted', file=sys.stderr)
         sys.exit(130)
 
 

@@ -121,28 +121,25 @@ def train(model, optimizer, train_loader, val_loader, num_epoch, device, seed, o
     so often that at most `save_seconds` are lost, or one epoch where an epoch is longer."""
     loss = nn.CrossEntropyLoss()
     best, best_weights = max((row['val_acc'] for row in history), default=-1), None
-    saved, saved_at = len(history), time.monotonic()
-    try:
-        for epoch in range(len(history) + 1, num_epoch + 1):
-            torch.manual_seed(seed + 1_000_003 * epoch)  # all an epoch draws hangs on these two: a resumed run repeats it
-            start, title = time.perf_counter(), f'[{epoch:03}/{num_epoch:03}]'
-            train_acc, train_loss = train_epoch(model, train_loader, loss, optimizer, device, title)
-            val_acc, val_loss = evaluate(model, val_loader, loss, device, title + ' validation')
-            seconds = time.perf_counter() - start
-            print(f'{title} {seconds:.2f} sec(s) Train Acc: {train_acc:.6f} Loss: {train_loss:.6f} | '
-                  f'Val Acc: {val_acc:.6f} loss: {val_loss:.6f}', flush=True)
-            if not math.isfinite(train_loss + val_loss):
-                raise UserError(f'epoch {epoch}: the loss is no longer a number; {out} keeps the state after epoch {saved}. '
-                                'Start a new run with a lower --lr')
-            history.append(dict(zip(HISTORY, (epoch, seconds, train_acc, train_loss, val_acc, val_loss))))
-            if val_acc > best:
-                best, best_weights = val_acc, {name: value.clone() for name, value in model.state_dict().items()}
-            if epoch == num_epoch or time.monotonic() - saved_at + seconds > save_seconds:
-                save(out, model, optimizer, history, best_weights)
-                saved, saved_at, best_weights = epoch, time.monotonic(), None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f'interrupted: {out} holds the state after epoch {saved} of {num_epoch}; continue with '
-                                f'python chapter2_2_train.py --out {out} --resume') from None
+    saved_at = time.monotonic()
+    for epoch in range(len(history) + 1, num_epoch + 1):
+        torch.manual_seed(seed + 1_000_003 * epoch)  # all an epoch draws hangs on these two: a resumed run repeats it
+        train_loader.dataset.seed = seed + 1_000_003 * epoch
+        start, title = time.perf_counter(), f'[{epoch:03}/{num_epoch:03}]'
+        train_acc, train_loss = train_epoch(model, train_loader, loss, optimizer, device, title)
+        val_acc, val_loss = evaluate(model, val_loader, loss, device, title + ' validation')
+        seconds = time.perf_counter() - start
+        print(f'{title} {seconds:.2f} sec(s) Train Acc: {train_acc:.6f} Loss: {train_loss:.6f} | '
+              f'Val Acc: {val_acc:.6f} loss: {val_loss:.6f}', flush=True)
+        if not math.isfinite(train_loss + val_loss):
+            raise UserError(f'epoch {epoch}: the loss is no longer a number; {saved_state(out)}. '
+                            'Start a new run with a lower --lr')
+        history.append(dict(zip(HISTORY, (epoch, seconds, train_acc, train_loss, val_acc, val_loss))))
+        if val_acc > best:
+            best, best_weights = val_acc, {name: value.clone() for name, value in model.state_dict().items()}
+        if epoch == num_epoch or time.monotonic() - saved_at + seconds > save_seconds:
+            save(out, model, optimizer, history, best_weights)
+            saved_at, best_weights = time.monotonic(), None
 
 
 def pick_device(name=None):
@@ -162,6 +159,7 @@ def pick_device(name=None):
 
 # ---------------------------------------------------------------------- the run's folder
 
+FILES = ('settings.json', 'last.pt', 'best.pt', 'history.csv', 'curves.png', 'confusion.png', 'mistakes.png')
 HISTORY = ('epoch', 'seconds', 'train_acc', 'train_loss', 'val_acc', 'val_loss')
 
 
@@ -194,9 +192,21 @@ def save(out, model, optimizer, history, best_weights=None):
         write(out / 'best.pt', lambda file: torch.save({'model': best_weights}, file))
     state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'history': history}
     write(out / 'last.pt', lambda file: torch.save(state, file))
+    write_history(out, history)
+
+
+def write_history(out, history):
+    """Writes history.csv and curves.png."""
     rows = [','.join(f'{value:.6f}' if isinstance(value, float) else str(value) for value in row.values()) for row in history]
     write_text(out / 'history.csv', '\n'.join([','.join(HISTORY), *rows, '']))
     write(out / 'curves.png', draw_curves(history).savefig)
+
+
+def saved_state(out):
+    """A phrase that says what a run could be resumed from."""
+    if not (out / 'last.pt').exists():
+        return f'{out} holds no checkpoint yet'
+    return f'{out} holds the state after epoch {len(torch.load(out / "last.pt", weights_only=True)["history"])}'
 
 
 def load(path, device, model, optimizer=None):
@@ -205,10 +215,12 @@ def load(path, device, model, optimizer=None):
     Raises UserError if it is missing, damaged or none of ours."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
+        if not all(value.isfinite().all() for value in state['model'].values()):
+            raise ValueError('damaged weights')
         model.load_state_dict(state['model'])
         if optimizer:
             optimizer.load_state_dict(state['optimizer'])
-            return [dict(zip(HISTORY, map(row.get, HISTORY))) for row in state['history']]
+            return [{name: (int if name == 'epoch' else float)(row[name]) for name in HISTORY} for row in state['history']]
     except FileNotFoundError:
         raise UserError(f'no {path.name} in {path.parent}: --out must name the folder of a run that has saved one') from None
     except Exception:  # whatever a foreign file may lead torch.load to
@@ -231,11 +243,9 @@ def draw_curves(history):
     for axes, what, name in zip(figure.subplots(1, 2), ('acc', 'loss'), ('accuracy', 'mean cross-entropy per image')):
         for split, label in (('train', 'training'), ('val', 'validation')):
             axes.plot(epochs, [row[f'{split}_{what}'] for row in history], marker='.', label=label)
-        axes.axvline(best['epoch'], color='grey', linestyle=':', label=f'best: epoch {best["epoch"]}')
+        axes.axvline(best['epoch'], color='grey', linestyle=':', label=f'best: epoch {best["epoch"]}, {best[f"val_{what}"]:.3f}')
         axes.plot(best['epoch'], best[f'val_{what}'], 'o', color='C1')
-        axes.annotate(f'{best[f"val_{what}"]:.3f}', (best['epoch'], best[f'val_{what}']), (-6, 7), textcoords='offset points',
-                      ha='right', color='C1')
-        axes.set(title=name, xlabel='epoch', xlim=(.5, epochs[-1] + .5), ylim=(0, 1.02 if what == 'acc' else None))
+        axes.set(title=name, xlabel='epoch', xlim=(0, epochs[-1] + 1), ylim=(0, 1.02 if what == 'acc' else None))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=.3)
         axes.legend()
@@ -257,7 +267,7 @@ def draw_confusion(counts):
     axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha='right')
     axes.set_yticks(range(len(CLASSES)), CLASSES)
     axes.set(xlabel='predicted', ylabel='true',
-             title=f'validation images, and their share of the true class: {np.trace(counts) / counts.sum():.1%} are right')
+             title=f'{np.trace(counts) / counts.sum():.1%} of the validation images are right')
     return figure
 
 
@@ -333,6 +343,8 @@ def probabilities(model, x, device):
 def predict(paths, model, device, out):
     """Prints the three likeliest classes of each photograph in `paths`; for a folder, writes predict.csv into `out` as
     the course's Kaggle page takes it. Returns how many photographs could not be read; stderr names each of them."""
+    if sum(map(os.path.isdir, paths)) > 1:
+        raise UserError('--predict takes one folder at a time: predict.csv is one table')
     unreadable = 0
     for path in map(Path, paths):
         try:
@@ -377,12 +389,12 @@ def settings_for(args):
     defaults = {'data_dir': data_dir, 'epochs': num_epoch, 'batch_size': batch_size, 'lr': learning_rate, 'seed': 0}
     defaults |= DEMO | {'data_dir': demo_dir} if args.demo else {}
     earlier = {}
-    if args.out and any(Path(args.out, name).exists() for name in ('settings.json', 'last.pt', 'best.pt', 'history.csv')):
+    if args.out and any(Path(args.out, name).exists() for name in FILES):
         if not args.resume:
             raise UserError(f'{args.out} already holds a run: continue it with --resume, or choose another --out')
         try:
             earlier = json.loads(Path(args.out, 'settings.json').read_text(encoding='utf-8'))
-            earlier = {name: earlier[name] for name in (*defaults, 'data')}
+            earlier = {name: type(default)(earlier[name]) for name, default in {**defaults, 'data': 0}.items()}
         except (OSError, ValueError, LookupError, TypeError):
             raise UserError(f'{args.out} holds a run, but its settings.json is missing or damaged') from None
     given = {name: value for name, value in vars(args).items() if name in defaults and value is not None}
@@ -396,9 +408,10 @@ def settings_for(args):
 
 def next_free_folder():
     """Makes and returns the first of runs/001, runs/002, ... that there is not yet."""
+    os.makedirs('runs', exist_ok=True)
     for n in itertools.count(1):
         with contextlib.suppress(FileExistsError):
-            os.makedirs(f'runs/{n:03}')
+            os.mkdir(f'runs/{n:03}')
             return Path(f'runs/{n:03}')
 
 
@@ -411,11 +424,11 @@ def start_training(args):
     optimizer = torch.optim.Adam(model.parameters(), lr=settings['lr'])
     history, out = [], args.out and Path(args.out)
     if earlier and (out / 'last.pt').exists():
+        load(out / 'best.pt', device, model)  # whether it can be read shows now, not after the last epoch
         history = load(out / 'last.pt', device, model, optimizer)
         if len(history) >= settings['epochs'] and (out / 'mistakes.png').exists():
             print(f'{out} is finished: it has its {len(history)} epochs', file=sys.stderr)
             return
-        print(f'resumed from epoch {len(history)}', file=sys.stderr)
 
     if args.demo:
         draw_food11(demo_dir)
@@ -427,12 +440,16 @@ def start_training(args):
         raise UserError(f'{out} cannot go on with --data-dir {settings["data_dir"]}: it was trained on other photographs')
     out = out or next_free_folder()
     out.mkdir(parents=True, exist_ok=True)
-    for leftover in [*out.glob('*.tmp'), out / 'mistakes.png']:  # mistakes.png, written last, tells that a run is finished
-        leftover.unlink(missing_ok=True)
+    for name in ('mistakes.png', *(f'{name}.tmp' for name in FILES)):  # leftovers; mistakes.png, the last, means finished
+        (out / name).unlink(missing_ok=True)
     write_text(out / 'settings.json', json.dumps(settings, indent=1) + '\n')
     about = (f' ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else
              ' (PyTorch finds no GPU: see "GPU" in README.md)' if device.type == 'cpu' and args.device is None else '')
     print(f'{len(train_x)} training and {len(val_x)} validation images, on {device}{about}, into {out}', file=sys.stderr)
+
+    if history:
+        print(f'resumed from epoch {len(history)}', file=sys.stderr)
+        write_history(out, history)  # a run killed right after last.pt lacks its last lines
 
     train_transform, test_transform = book_transforms()
     train_set = ImgDataset(train_x, train_y, train_transform)
@@ -441,6 +458,9 @@ def start_training(args):
     try:
         train(model, optimizer, train_loader, val_loader, settings['epochs'], device, settings['seed'], out, history)
         report(model, val_x, val_y, device, out)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f'interrupted: {saved_state(out)} of {settings["epochs"]}; continue with '
+                                f'python chapter2_2_train.py --out "{out}" --resume') from None
     except RuntimeError as error:
         if 'tried to allocate' not in str(error).lower():
             raise

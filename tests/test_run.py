@@ -43,6 +43,7 @@ def fsync_or_die(file):
 def replace_or_die(source, target):
     if os.path.basename(target) == 'last.pt' and instant == 'replace': kill()
     replace(source, target)
+    if os.path.basename(target) == 'last.pt' and instant == 'last' and count('last') == 2: kill()
 train.evaluate, os.fsync, os.replace = evaluate_or_die, fsync_or_die, replace_or_die
 data.run(train.main)
 '''
@@ -103,6 +104,15 @@ def test_a_run_leaves_its_checkpoints_history_settings_and_pictures(finished, ph
     assert table[-1].split()[-1] == f'{right:.1%}'
 
 
+def test_a_folder_with_other_files_keeps_them(call, photographs, tmp_path):
+    for name in ('thesis.tmp', 'mistakes.png'):
+        (tmp_path / name).write_text('mine')
+    arguments = ['--data-dir', photographs, '--epochs', 1, '--device', 'cpu', '--out', tmp_path]
+    assert call(train.main, *arguments).returncode == 1  # would replace mistakes.png
+    (tmp_path / 'mistakes.png').unlink()
+    assert call(train.main, *arguments).returncode == 0 and (tmp_path / 'thesis.tmp').read_text() == 'mine'
+
+
 def test_each_run_takes_the_next_free_folder(call, photographs, tmp_path):
     (tmp_path / 'runs' / '001').mkdir(parents=True)
     for _ in range(2):
@@ -124,7 +134,7 @@ def test_a_finished_run_is_neither_overwritten_nor_trained_again(call, finished,
 def test_resuming_with_other_settings_is_refused(call, finished, food11, flag, value):
     value = food11 if value == 'other' else value
     done = call(train.main, '--out', finished[0], '--resume', '--epochs', 4, '--device', 'cpu', flag, value)
-    assert done.returncode == 1 and f'{flag} {value}' in done.stderr and done.stderr.count('\n') <= 2
+    assert done.returncode == 1 and f'{flag} {value}' in done.stderr and done.stderr.count('\n') == 1
     assert len(history(finished[0])) == 3
 
 
@@ -133,7 +143,8 @@ def test_resuming_with_other_settings_is_refused(call, finished, food11, flag, v
 @POSIX
 @pytest.mark.skipif(sys.platform != 'linux', reason='/proc')
 def test_killed_and_resumed_ends_as_if_never_interrupted(finished, photographs, tmp_path):
-    """Killed in the middle of its second epoch, while writing a checkpoint, and just before putting it in place."""
+    """Killed in the middle of its second epoch, while writing a checkpoint, just before putting it in place, and
+    between the last checkpoint and its history; and continued with another number of workers."""
     out = tmp_path / 'run'
     for instant, epochs in (('epoch', 1), ('write', 1), ('replace', 1)):
         done = start(photographs, '--epochs', 3, '--out', out, '--resume', instant=instant)
@@ -141,8 +152,9 @@ def test_killed_and_resumed_ends_as_if_never_interrupted(finished, photographs, 
         assert ('resumed from epoch 1' in done.stderr) == (instant != 'epoch')
         assert len(torch.load(out / 'last.pt', weights_only=True)['history']) == epochs
         assert (out / 'last.pt.tmp').exists() == (instant != 'epoch')
+    assert start(photographs, '--epochs', 3, '--out', out, '--resume', '--workers', 1, instant='last').returncode == -signal.SIGKILL
     done = start(photographs, '--epochs', 3, '--out', out, '--resume')
-    assert done.returncode == 0 and 'resumed from epoch 1' in done.stderr
+    assert done.returncode == 0 and 'resumed from epoch 3' in done.stderr
     assert sorted(os.listdir(out)) == sorted(os.listdir(finished[0]))
     assert history(out) == history(finished[0])
     for name in ('last.pt', 'best.pt'):
@@ -162,7 +174,7 @@ def test_a_signal_ends_with_one_line_that_says_how_to_continue(photographs, tmp_
     lines = errors.splitlines()
     assert process.returncode == 130 and len(lines) == 2, errors
     saved = len(torch.load(out / 'last.pt', weights_only=True)['history'])
-    assert saved >= 1 and f'the state after epoch {saved} of 1000; continue with python chapter2_2_train.py --out {out} --resume' in lines[1]
+    assert saved >= 1 and f'the state after epoch {saved} of 1000; continue with python chapter2_2_train.py --out "{out}" --resume' in lines[1]
 
 
 @pytest.mark.skipif(sys.platform != 'linux' or os.geteuid() != 0, reason='only root on Linux can make a small file system')
@@ -188,7 +200,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_state_before(call, 
     monkeypatch.setattr(train, 'save_seconds', 0)
     monkeypatch.setattr(train, 'train_epoch', lambda *arguments: (train_epoch(*arguments)[0], next(losses)))
     done = call(train.main, '--data-dir', photographs, '--out', 'run', '--device', 'cpu')
-    assert done.returncode == 1 and 'epoch 2: the loss is no longer a number' in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and 'epoch 2: the loss is no longer a number; run holds the state after epoch 1' in done.stderr
     last = torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)
     assert [row['epoch'] for row in last['history']] == [1] and len(history(tmp_path / 'run')) == 1
 
@@ -209,20 +221,27 @@ class Malicious:
         return os.mkdir, ('executed',)
 
 
-@pytest.mark.parametrize('kind', ['cut off', 'empty', 'foreign', 'malicious'])
+@pytest.mark.parametrize('kind', ['cut off', 'empty', 'foreign', 'malicious', 'no numbers'])
 def test_a_bad_checkpoint_gives_one_line_and_is_not_executed(call, finished, tmp_path, kind):
     out = tmp_path / 'run'
     out.mkdir()
     (out / 'settings.json').write_bytes((finished[0] / 'settings.json').read_bytes())
     for name in ('last.pt', 'best.pt'):
-        if kind == 'foreign':
+        if kind == 'no numbers':
+            state = torch.load(finished[0] / name, weights_only=True)
+            state['model']['fc.4.bias'][3] = float('nan')
+            torch.save(state, out / name)
+        elif kind == 'foreign':
             torch.save({'model': {'weight': torch.zeros(3)}}, out / name)
         else:
             content = {'cut off': (finished[0] / name).read_bytes()[:-100_000], 'empty': b'', 'malicious': pickle.dumps(Malicious(), 2)}
             (out / name).write_bytes(content[kind])
-    for name, arguments in (('last.pt', ['--resume']), ('best.pt', ['--predict', 'dinner.jpg'])):
+    for arguments in (['--resume'], ['--predict', 'dinner.jpg']):
         done = call(train.main, '--out', out, '--device', 'cpu', *arguments)
-        assert done.returncode == 1 and done.stderr.count('\n') == 1 and f'{out / name} is damaged' in done.stderr
+        assert done.returncode == 1 and done.stderr.count('\n') == 1 and f'{out / "best.pt"} is damaged' in done.stderr
+    (out / 'best.pt').write_bytes((finished[0] / 'best.pt').read_bytes())
+    done = call(train.main, '--out', out, '--device', 'cpu', '--resume')
+    assert done.returncode == 1 and done.stderr.count('\n') == 1 and f'{out / "last.pt"} is damaged' in done.stderr
     assert not (tmp_path / 'executed').exists()
 
 
@@ -234,11 +253,10 @@ def test_predict_names_three_classes_and_writes_kaggles_table(script, finished, 
     for i in range(3):
         (folder / f'000{i}.jpg').write_bytes((photographs / 'validation' / f'{i}_0.jpg').read_bytes())
     (folder / '0001.jpg').write_bytes(b'no photograph')
-    (tmp_path / 'empty').mkdir()
-    done = script('chapter2_2_train.py', '--out', finished[0], '--predict', folder / '0000.jpg', 'gone.jpg', 'empty', folder)
+    done = script('chapter2_2_train.py', '--out', finished[0], '--predict', folder / '0000.jpg', 'gone.jpg', folder)
     assert done.returncode == 1
     errors = done.stderr.splitlines()
-    assert [error.split(':')[0] for error in errors] == ['gone.jpg', 'no photographs in empty', str(folder / '0001.jpg')]
+    assert [error.split(':')[0] for error in errors] == ['gone.jpg', str(folder / '0001.jpg')]
     single, summary = done.stdout.splitlines()
     model = train.Classifier()
     train.load(finished[0] / 'best.pt', CPU, model)
@@ -251,6 +269,13 @@ def test_predict_names_three_classes_and_writes_kaggles_table(script, finished, 
     table = (finished[0] / 'predict.csv').read_bytes().decode()
     assert table == f'Id,Category\n0,{chances[0].argmax()}\n2,{chances[1].argmax()}\n'
     (finished[0] / 'predict.csv').unlink()
+
+
+def test_predict_takes_one_folder_with_photographs(call, finished, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    for folders, message in ((['empty'], 'no photographs in empty'), (['empty', '.'], 'one folder at a time')):
+        done = call(train.main, '--out', finished[0], '--device', 'cpu', '--predict', *folders)
+        assert done.returncode == 1 and message in done.stderr and done.stderr.count('\n') == 1
 
 
 def test_predicting_waits_for_no_library_that_it_does_not_need():
@@ -293,7 +318,8 @@ def test_the_curves_mark_the_best_epoch():
     rows = [dict(zip(train.HISTORY, (epoch, 1., .1 * epoch, 2., acc, 1.5))) for epoch, acc in ((1, .2), (2, .6), (3, .4))]
     figure = train.draw_curves(rows)
     assert [axes.get_title() for axes in figure.axes] == ['accuracy', 'mean cross-entropy per image']
-    assert all('best: epoch 2' in [text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes)
+    for axes, value in zip(figure.axes, ('0.600', '1.500')):
+        assert f'best: epoch 2, {value}' in [text.get_text() for text in axes.get_legend().get_texts()]
     assert figure.axes[0].lines[1].get_ydata().tolist() == [.2, .6, .4]
 
 

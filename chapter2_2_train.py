@@ -459,7 +459,7 @@ def start_training(args):
         train(model, optimizer, train_loader, val_loader, settings['epochs'], device, settings['seed'], out, history)
         report(model, val_x, val_y, device, out)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f'interrupted: {saved_state(out)} of {settings["epochs"]}; continue with '
+        raise KeyboardInterrupt(f'interrupted: {saved_state(out)}; continue with '
                                 f'python chapter2_2_train.py --out "{out}" --resume') from None
     except RuntimeError as error:
         if 'tried to allocate' not in str(error).lower():

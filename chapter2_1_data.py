@@ -8,18 +8,22 @@
 chapter2_2_train.py imports what it trains on from here.
 """
 import argparse
+import contextlib
+import copy
 import functools
+import multiprocessing
 import os
 import re
 import signal
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 CLASSES = ('Bread', 'Dairy product', 'Dessert', 'Egg', 'Fried food', 'Meat',
@@ -113,10 +117,24 @@ def read_image(file):
     return cv2.resize(image, (image_size, image_size))
 
 
+def forks():
+    """Are processes started as copies of this one, as on Linux before Python 3.14?"""
+    return (multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]) == 'fork'
+
+
+def empty_images(n):
+    """Room for `n` images, uint8 (n, 128, 128, 3), that the loaders' processes see without a copy: in shared memory,
+    unless they are forked, and so see everything."""
+    x = torch.empty(n, image_size, image_size, 3, dtype=torch.uint8)
+    if not forks():
+        with contextlib.suppress(RuntimeError):  # too little of it, as in a container
+            x.share_memory_()
+    return x.numpy()
+
+
 def read_images(files):
     """Reads photographs with all cores: `x`, uint8 (N, 128, 128, 3), and {file: what is wrong with it}."""
-    x = np.zeros((len(files), image_size, image_size, 3), np.uint8)
-    problems = {}
+    x, problems = empty_images(len(files)), {}
 
     def read(i):
         try:
@@ -197,33 +215,72 @@ class ImgDataset(Dataset):
     """Images `x`, uint8 (N, 128, 128, 3), with labels `y` (N,) or without.
 
     An item is the transformed image and its label (a LongTensor), or the image alone when there are no labels. With a
-    `seed` set, what the transform draws for an image hangs on that and the index alone, not on which process draws it.
+    `seed` of 0 or more, what the transform draws for an image hangs on that and the index alone, not on which process
+    draws it.
     """
 
     def __init__(self, x, y=None, transform=None):
-        self.x = x
+        self.x = x.base if isinstance(getattr(x, 'base', None), torch.Tensor) else torch.as_tensor(x)  # as empty_images made it
         self.y = None if y is None else torch.as_tensor(y, dtype=torch.long)
         self.transform = transform
-        self.seed = None
+        self.seed = torch.tensor(-1).share_memory_()  # a worker that lives for several epochs sees each one's
 
     def __len__(self):
         return len(self.x)
 
     def __getitem__(self, index):
-        x = self.x[index]
-        if self.seed is not None:
-            torch.default_generator.manual_seed(self.seed + index)
+        x = self.x[index].numpy()
+        if self.seed >= 0:
+            torch.default_generator.manual_seed(int(self.seed) + index)
         if self.transform is not None:
             x = self.transform(x)
         return x if self.y is None else (x, self.y[index])
 
 
-def make_loaders(train_set, val_set, batch_size=batch_size, workers=0):
-    """train_loader, shuffled anew every epoch, and val_loader, in order. `workers`: processes that load ahead,
-    0 to load in the main process."""
-    train_loader = DataLoader(train_set, batch_size=batch_size, shuffle=True, num_workers=workers)
-    val_loader = DataLoader(val_set, batch_size=batch_size, shuffle=False, num_workers=workers)
-    return train_loader, val_loader
+class Shuffle(Sampler):
+    """The indices of `train_set` in an order that hangs on its seed; of each `batch_size` of them, every `world`-th from
+    `rank` on: one process's share where `world` of them train together."""
+
+    def __init__(self, train_set, batch_size, rank=0, world=1):
+        self.train_set, self.batch_size, self.rank, self.world = train_set, batch_size, rank, world
+
+    def __iter__(self):
+        seed = int(self.train_set.seed)
+        order = torch.randperm(len(self.train_set), generator=torch.Generator().manual_seed(seed) if seed >= 0 else None)
+        for batch in order.split(self.batch_size):
+            yield from batch[self.rank::self.world].tolist()
+
+    def __len__(self):
+        whole, rest = divmod(len(self.train_set), self.batch_size)
+        return whole * (self.batch_size // self.world) + len(range(self.rank, rest, self.world))
+
+
+def in_bytes(dataset):
+    """The dataset with images in uint8 (128, 128, 3), a quarter of the bytes to send: what ToTensor does at the end of its
+    transform is left to `to_device`."""
+    from torchvision import transforms
+    steps = getattr(dataset.transform, 'transforms', [None])
+    if isinstance(steps[-1], transforms.ToTensor):
+        dataset = copy.copy(dataset)
+        dataset.transform = transforms.Compose([*steps[:-1], np.array])
+    return dataset
+
+
+def to_device(x, device):
+    """A batch of images on the device, uint8 (N, 128, 128, 3) as float (N, 3, 128, 128) in 0..1: the numbers that
+    ToTensor gives, in the layout (channels last) that convolutions are fastest in."""
+    x = x.to(device, non_blocking=True)
+    return x.permute(0, 3, 1, 2) / 255 if x.dtype == torch.uint8 else x
+
+
+def make_loaders(train_set, val_set, batch_size=batch_size, workers=0, rank=0, world=1, pin_memory=False):
+    """train_loader, shuffled anew every epoch, and val_loader, in order and in batches of twice the size. Their images
+    are uint8 (N, 128, 128, 3), for `to_device`. `workers`: processes that load ahead, 0 to load in the main process;
+    `rank` and `world` as in Shuffle."""
+    train_set = in_bytes(train_set)
+    train_loader = DataLoader(train_set, batch_size // world, sampler=Shuffle(train_set, batch_size, rank, world),
+                              num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory)
+    return train_loader, DataLoader(in_bytes(val_set), 2 * batch_size)
 
 
 # ---------------------------------------------------------------------- looking at it (2.2)
@@ -256,7 +313,7 @@ def draw_preview(figure, train_set, index, draws=4):
         found = torch.nonzero(train_set.y == label).flatten().tolist()
         names.append(f'{label}\n' + re.sub('([ /])', '\\1\n', name) + ('' if found else '\n(none)'))
         for row in range(1 + draws if found else 0):
-            tiles[row, label, 4:-4, 4:-4] = rgb(train_set[found[0]][0]) if row else train_set.x[found[0]][..., ::-1] / 255
+            tiles[row, label, 4:-4, 4:-4] = rgb(train_set[found[0]][0]) if row else train_set.x[found[0]].flip(2) / 255
     right.imshow(tiles.transpose(0, 2, 1, 3, 4).reshape((1 + draws) * tile, len(CLASSES) * tile, 3))
     right.xaxis.tick_top()
     right.set_xticks(tile * (np.arange(len(CLASSES)) + .5), names, fontsize=8)
@@ -364,18 +421,43 @@ def draw_food11(folder, training=30, validation=10):
 
 # ---------------------------------------------------------------------- the script
 
+def process():
+    """The number of this process and how many there are: 0 and 1, or as torchrun has started them. Only number 0
+    speaks and writes."""
+    if 'TORCHELASTIC_RUN_ID' not in os.environ:
+        return 0, 1
+    return int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+
+
+def interrupt(*_):
+    """Ctrl-C or SIGTERM ends a script in its own time, however often it comes: torchrun repeats what a terminal sends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def run(main):
     """Runs a script's `main`; a user's mistake ends it with one message on stderr and exit status 1."""
+    rank, streams = process()[0], (sys.stdout, sys.stderr)
     if hasattr(sys.stdout, 'reconfigure'):  # not in IDLE
         sys.stdout.reconfigure(errors='backslashreplace')  # a Windows pipe may lack the characters of a path
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a script as Ctrl-C does
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if rank else interrupt)
     try:
+        if rank:
+            sys.stdout = sys.stderr = open(os.devnull, 'w', encoding='utf-8')
         main()
     except (UserError, OSError) as error:
+        if rank:
+            time.sleep(5)  # by then torchrun has ended this process, if process 0 has said the same
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would cut the line off
         sys.exit(f'error: {error}')
     except KeyboardInterrupt as stop:
         print(str(stop) or 'interrupted', file=sys.stderr)
         sys.exit(130)
+    finally:
+        sys.stdout, sys.stderr = streams
 
 
 def add_data_arguments(parser):

@@ -2,7 +2,7 @@
 
     python chapter2_2_train.py                      the book's run: ./food-11, 100 epochs, batches of 128, lr 0.001
     python chapter2_2_train.py --demo               no photographs at hand: learns drawn dishes, in a minute or two
-    python chapter2_2_train.py --workers 4          four processes prepare the batches, so that a GPU waits less
+    torchrun --nproc-per-node 2 chapter2_2_train.py two GPUs, or two processes on the CPU, train one network together
     python chapter2_2_train.py >train.log           a log of the epochs and nothing else
 
 Each run keeps its checkpoints, history and pictures in a folder of its own:
@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import zlib
@@ -25,11 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import distributed, nn
 from tqdm import tqdm
 
 from chapter2_1_data import (CLASSES, ImgDataset, UserError, add_data_arguments, batch_size, book_transforms, data_dir,
-                             demo_dir, draw_food11, list_images, make_loaders, read_food11, read_images, run)
+                             demo_dir, draw_food11, forks, list_images, make_loaders, process, read_food11, read_images, run,
+                             to_device)
 
 num_epoch = 100
 learning_rate = 0.001
@@ -86,55 +88,86 @@ class Classifier(nn.Module):
 
 # ---------------------------------------------------------------------- training (2.4)
 
-def train_epoch(model, train_loader, loss, optimizer, device, title=''):
+def mixed_precision(device, amp=True):
+    """torch.autocast for the device, and its gradient scaler: bfloat16 where the hardware computes in it, float16 on
+    GPUs that were the first with tensor cores. On other hardware, or without `amp`, full precision."""
+    dtype = None
+    if amp and device.type == 'cuda':
+        major = torch.cuda.get_device_capability(device)[0]
+        dtype = torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else None
+    elif amp and device.type == 'cpu':
+        units = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')  # without them bfloat16 is slower
+        dtype = torch.bfloat16 if any(getattr(torch.cpu, name, bool)() for name in units) else None
+    autocast = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def train_epoch(model, train_loader, loss, optimizer, device, autocast, scaler, title=''):
     """One pass over the training images. Returns accuracy and mean cross-entropy per image, of the predictions
     made on the way."""
     model.train()
-    correct, loss_sum = torch.zeros(2, device=device)  # summed there: asking after each batch would make it wait
+    correct, loss_sum, images = sums = torch.zeros(3, device=device)  # there: asking after each batch would make it wait
     for x, y in tqdm(train_loader, title, leave=False, unit='batch', disable=None):
-        x, y = x.to(device), y.to(device)
+        x, y = to_device(x, device), y.to(device, non_blocking=True)
         optimizer.zero_grad()
-        train_pred = model(x)
-        batch_loss = loss(train_pred, y)
-        batch_loss.backward()
-        optimizer.step()
+        with autocast:
+            train_pred = model(x)
+            batch_loss = loss(train_pred, y)
+        scaler.scale(batch_loss * share(len(y), device)).backward()
+        scaler.step(optimizer)
+        scaler.update()
         correct += (train_pred.argmax(1) == y).sum()
         loss_sum += batch_loss.detach() * len(y)  # the batch's mean; the last batch is smaller than the others
-    return correct.item() / len(train_loader.dataset), loss_sum.item() / len(train_loader.dataset)
+        images += len(y)
+    return means(sums)
 
 
 @torch.no_grad()
-def evaluate(model, val_loader, loss, device, title=''):
+def evaluate(model, val_loader, loss, device, autocast, title=''):
     """Accuracy and mean cross-entropy per image of the network as it stands."""
     model.eval()
-    correct, loss_sum = torch.zeros(2, device=device)
+    correct, loss_sum, images = sums = torch.zeros(3, device=device)
     for x, y in tqdm(val_loader, title, leave=False, unit='batch', disable=None):
-        x, y = x.to(device), y.to(device)
-        val_pred = model(x)
+        x, y = to_device(x, device), y.to(device, non_blocking=True)
+        with autocast:
+            val_pred = model(x)
+            batch_loss = loss(val_pred, y)
         correct += (val_pred.argmax(1) == y).sum()
-        loss_sum += loss(val_pred, y) * len(y)
-    return correct.item() / len(val_loader.dataset), loss_sum.item() / len(val_loader.dataset)
+        loss_sum += batch_loss * len(y)
+        images += len(y)
+    return means(sums)
 
 
-def train(model, optimizer, train_loader, val_loader, num_epoch, device, seed, out, history):
+def train(model, optimizer, train_loader, val_loader, num_epoch, device, seed, out, history, amp=True):
     """The book's loop from the epoch after `history` on. Prints a line after each epoch, and saves the run into `out`
     so often that at most `save_seconds` are lost, or one epoch where an epoch is longer."""
+    def batches(epoch):
+        torch.manual_seed(seed + 1_000_003 * epoch)  # all an epoch draws hangs on these two: a resumed run repeats it
+        train_loader.dataset.seed.fill_(seed + 1_000_003 * epoch)
+        return iter(train_loader)
+
     loss = nn.CrossEntropyLoss()
+    autocast, scaler = mixed_precision(device, amp)
+    together = nn.parallel.DistributedDataParallel(model) if process()[1] > 1 else model
     best, best_weights = max((row['val_acc'] for row in history), default=-1), None
     saved_at = time.monotonic()
+    upcoming = batches(len(history) + 1) if len(history) < num_epoch else None
     for epoch in range(len(history) + 1, num_epoch + 1):
-        torch.manual_seed(seed + 1_000_003 * epoch)  # all an epoch draws hangs on these two: a resumed run repeats it
-        train_loader.dataset.seed = seed + 1_000_003 * epoch
         start, title = time.perf_counter(), f'[{epoch:03}/{num_epoch:03}]'
-        train_acc, train_loss = train_epoch(model, train_loader, loss, optimizer, device, title)
-        val_acc, val_loss = evaluate(model, val_loader, loss, device, title + ' validation')
+        train_acc, train_loss = train_epoch(together, upcoming, loss, optimizer, device, autocast, scaler, title)
+        for buffer in model.buffers() if together is not model else ():
+            distributed.broadcast(buffer, 0)  # batch norm's, of which each process on the CPU has its own
+        upcoming = batches(epoch + 1) if epoch < num_epoch else None  # prepared while the network is evaluated
+        val_acc, val_loss = evaluate(model, val_loader, loss, device, autocast, title + ' validation')
         seconds = time.perf_counter() - start
         print(f'{title} {seconds:.2f} sec(s) Train Acc: {train_acc:.6f} Loss: {train_loss:.6f} | '
               f'Val Acc: {val_acc:.6f} loss: {val_loss:.6f}', flush=True)
         if not math.isfinite(train_loss + val_loss):
             raise UserError(f'epoch {epoch}: the loss is no longer a number; {saved_state(out)}. '
-                            'Start a new run with a lower --lr')
+                            'Start a new run with a lower --lr, or with --no-amp')
         history.append(dict(zip(HISTORY, (epoch, seconds, train_acc, train_loss, val_acc, val_loss))))
+        if process()[0] > 0:
+            continue
         if val_acc > best:
             best, best_weights = val_acc, {name: value.clone() for name, value in model.state_dict().items()}
         if epoch == num_epoch or time.monotonic() - saved_at + seconds > save_seconds:
@@ -142,12 +175,16 @@ def train(model, optimizer, train_loader, val_loader, num_epoch, device, seed, o
             saved_at, best_weights = time.monotonic(), None
 
 
+# ---------------------------------------------------------------------- where it runs: one process, or several of torchrun
+
 def pick_device(name=None):
     """The device called `name`; without one CUDA, else another accelerator, else the CPU.
 
     Raises UserError if PyTorch cannot use it here."""
     if name is None:
         name = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else 'cpu'
+    if str(name) == 'cuda' and process()[1] > 1:
+        name = f'cuda:{os.environ["LOCAL_RANK"]}'  # each process of a machine has a GPU of its own
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
@@ -155,6 +192,59 @@ def pick_device(name=None):
         raise UserError(f'--device {name}: PyTorch {torch.__version__} cannot use it here '
                         f'({str(error).splitlines()[0]}); leave --device out to take what there is') from None
     return device
+
+
+def cores():
+    """How many cores each process of this run has on this machine."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, here // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+
+def default_workers(device, train_set, batch_size):
+    """A process a core, but for the main process's, prepares batches for a GPU: as many as shared memory holds the
+    batches of, which is little in a container. None on the CPU, whose cores have enough to do."""
+    if device.type == 'cpu' or not (forks() or train_set.x.is_shared()):
+        return 0
+    workers = min(cores() - 1, 4 if os.name == 'nt' else 16)  # on Windows each takes gigabytes of page file
+    if os.path.isdir('/dev/shm'):
+        workers = min(workers, shutil.disk_usage('/dev/shm').free // (4 * batch_size * train_set.x[0].nbytes))
+    return workers
+
+
+def join_processes(device):
+    """Joins torchrun's processes into one run."""
+    if process()[1] > 1:
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)
+        else:
+            torch.set_num_threads(cores())  # torchrun says 1
+        distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+
+
+def of_first(value):
+    """What `value` is in process 0."""
+    values = [value]
+    if process()[1] > 1:
+        distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def share(images, device):
+    """What a process's mean loss weighs where DistributedDataParallel averages over the processes: 1 but for a last
+    batch of which they have unequal numbers of images."""
+    if process()[1] == 1:
+        return 1
+    in_all = torch.full((), images, dtype=torch.float32, device=device)
+    distributed.all_reduce(in_all)
+    return images * process()[1] / in_all
+
+
+def means(sums):
+    """Accuracy and mean loss from the numbers of right answers, of loss and of images, summed over all processes."""
+    if process()[1] > 1:
+        distributed.all_reduce(sums)
+    correct, loss_sum, images = sums.tolist()
+    return correct / images, loss_sum / images
 
 
 # ---------------------------------------------------------------------- the run's folder
@@ -219,6 +309,8 @@ def load(path, device, model, optimizer=None):
             raise ValueError('damaged weights')
         model.load_state_dict(state['model'])
         if optimizer:
+            for group in state['optimizer']['param_groups']:
+                group['fused'] = optimizer.defaults['fused']  # of this device, not of the one it was saved on
             optimizer.load_state_dict(state['optimizer'])
             return [{name: (int if name == 'epoch' else float)(row[name]) for name in HISTORY} for row in state['history']]
     except FileNotFoundError:
@@ -284,10 +376,11 @@ def draw_grid(images, titles, columns, title):
     return figure
 
 
-def report(model, val_x, val_y, device, out):
+def report(model, val_x, val_y, device, out, amp=True):
     """What the run's best weights make of the validation images: a table, confusion.png and mistakes.png."""
     load(out / 'best.pt', device, model)
-    chances = probabilities(model, val_x, device)
+    with mixed_precision(device, amp)[0]:  # as they were evaluated
+        chances = probabilities(model, val_x, device)
     predicted = chances.argmax(1)
     counts = np.zeros((len(CLASSES), len(CLASSES)), int)
     np.add.at(counts, (val_y, predicted), 1)
@@ -335,8 +428,8 @@ def probabilities(model, x, device):
     model.eval()
     chances = [np.zeros((0, len(CLASSES)), np.float32)]
     for i in range(0, len(x), 256):
-        batch = torch.from_numpy(x[i:i + 256]).to(device).permute(0, 3, 1, 2) / 255  # the numbers that ToTensor gives
-        chances.append(model(batch).softmax(1).cpu().numpy())
+        batch = to_device(torch.from_numpy(x[i:i + 256]), device)
+        chances.append(model(batch).float().softmax(1).cpu().numpy())
     return np.concatenate(chances)
 
 
@@ -386,14 +479,14 @@ def number(kind, low, high):
 def settings_for(args):
     """The settings to train with: the given ones, else those of the run that is resumed, else the defaults; and the
     settings that this run was started with. Raises UserError if the two do not fit, or --out holds a run to keep."""
-    defaults = {'data_dir': data_dir, 'epochs': num_epoch, 'batch_size': batch_size, 'lr': learning_rate, 'seed': 0}
+    defaults = {'data_dir': data_dir, 'epochs': num_epoch, 'batch_size': batch_size, 'lr': learning_rate, 'seed': 0, 'amp': True}
     defaults |= DEMO | {'data_dir': demo_dir} if args.demo else {}
     earlier = {}
     if args.out and any(Path(args.out, name).exists() for name in FILES):
         if not args.resume:
             raise UserError(f'{args.out} already holds a run: continue it with --resume, or choose another --out')
         try:
-            earlier = json.loads(Path(args.out, 'settings.json').read_text(encoding='utf-8'))
+            earlier = {'amp': True} | json.loads(Path(args.out, 'settings.json').read_text(encoding='utf-8'))
             earlier = {name: type(default)(earlier[name]) for name, default in {**defaults, 'data': 0}.items()}
         except (OSError, ValueError, LookupError, TypeError):
             raise UserError(f'{args.out} holds a run, but its settings.json is missing or damaged') from None
@@ -415,57 +508,91 @@ def next_free_folder():
             return Path(f'runs/{n:03}')
 
 
-def start_training(args):
-    """What the script does without --predict and --dreams."""
-    device = pick_device(args.device)
-    settings, earlier = settings_for(args)
-    torch.manual_seed(settings['seed'])
-    model = Classifier().to(device, memory_format=torch.channels_last)  # the layout that convolutions are fastest in
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings['lr'])
-    history, out = [], args.out and Path(args.out)
-    if earlier and (out / 'last.pt').exists():
-        load(out / 'best.pt', device, model)  # whether it can be read shows now, not after the last epoch
-        history = load(out / 'last.pt', device, model, optimizer)
-        if len(history) >= settings['epochs'] and (out / 'mistakes.png').exists():
-            print(f'{out} is finished: it has its {len(history)} epochs', file=sys.stderr)
-            return
-
-    if args.demo:
-        draw_food11(demo_dir)
-    train_x, train_y, val_x, val_y = read_food11(settings['data_dir'])
-    settings['data'] = 0
-    for array in (train_x, train_y, val_x, val_y):
-        settings['data'] = zlib.crc32(array, settings['data'])
-    if earlier and settings['data'] != earlier['data']:
-        raise UserError(f'{out} cannot go on with --data-dir {settings["data_dir"]}: it was trained on other photographs')
-    out = out or next_free_folder()
+def begin(out, settings, history):
+    """Makes the folder of a run, or makes it ready to go on after the epochs in `history`."""
     out.mkdir(parents=True, exist_ok=True)
     for name in ('mistakes.png', *(f'{name}.tmp' for name in FILES)):  # leftovers; mistakes.png, the last, means finished
         (out / name).unlink(missing_ok=True)
     write_text(out / 'settings.json', json.dumps(settings, indent=1) + '\n')
+    if history:
+        write_history(out, history)  # a run killed right after last.pt lacks its last lines
+
+
+def start_training(args):
+    """What the script does without --predict and --dreams."""
+    device, (rank, world) = pick_device(args.device), process()
+    join_processes(device)
+    settings, earlier = of_first(settings_for(args) if rank == 0 else None)
+    if settings['batch_size'] % world:
+        raise UserError(f'{world} processes cannot share batches of {settings["batch_size"]} evenly: give another --batch-size, '
+                        'or torchrun another --nproc-per-node')
+    torch.manual_seed(settings['seed'])
+    torch.backends.cudnn.benchmark = True  # cuDNN tries its ways to compute a convolution, and keeps the fastest
+    model = Classifier().to(device, memory_format=torch.channels_last)  # the layout that convolutions are fastest in
+    if world > 1 and device.type == 'cuda':
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # which takes mean and variance of the processes' batches together
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings['lr'], fused=device.type == 'cuda')
+    history, out = [], args.out and Path(args.out)
+    if rank == 0 and earlier and (out / 'last.pt').exists():
+        load(out / 'best.pt', device, model)  # whether it can be read shows now, not after the last epoch
+        history = load(out / 'last.pt', device, model, optimizer)
+    history, finished = of_first((history, len(history) >= settings['epochs'] and (out / 'mistakes.png').exists()))
+    if finished:
+        print(f'{out} is finished: it has its {len(history)} epochs', file=sys.stderr)
+        return
+    if history and world > 1:
+        optimizer.load_state_dict(of_first(optimizer.state_dict()))
+
+    if args.demo:
+        if int(os.environ.get('LOCAL_RANK', 0)) == 0:
+            draw_food11(demo_dir)
+        if world > 1:
+            distributed.barrier()
+    train_x, train_y, val_x, val_y = read_food11(settings['data_dir'])
+    settings['data'] = 0
+    for array in (train_x, train_y, val_x, val_y):
+        settings['data'] = zlib.crc32(array, settings['data'])
+    if of_first(settings['data']) != settings['data']:
+        raise UserError(f'process {rank}: {settings["data_dir"]} holds other photographs than that of process 0')
+    if earlier and settings['data'] != earlier['data']:
+        raise UserError(f'{out} cannot go on with --data-dir {settings["data_dir"]}: it was trained on other photographs')
+    if 0 < len(train_x) % settings['batch_size'] < world:
+        raise UserError(f'the last batch has only {len(train_x) % settings["batch_size"]} images for {world} processes: '
+                        'give another --batch-size')
+    out = of_first(out or next_free_folder() if rank == 0 else None)
+    if rank == 0:
+        begin(out, settings, history)
     about = (f' ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else
              ' (PyTorch finds no GPU: see "GPU" in README.md)' if device.type == 'cpu' and args.device is None else '')
+    about += f' in {world} processes' if world > 1 else ''
     print(f'{len(train_x)} training and {len(val_x)} validation images, on {device}{about}, into {out}', file=sys.stderr)
-
     if history:
         print(f'resumed from epoch {len(history)}', file=sys.stderr)
-        write_history(out, history)  # a run killed right after last.pt lacks its last lines
 
     train_transform, test_transform = book_transforms()
     train_set = ImgDataset(train_x, train_y, train_transform)
-    val_set = ImgDataset(val_x, val_y, test_transform)
-    train_loader, val_loader = make_loaders(train_set, val_set, settings['batch_size'], args.workers)
+    val_set = ImgDataset(val_x[rank::world], val_y[rank::world], test_transform)
+    workers = default_workers(device, train_set, settings['batch_size']) if args.workers is None else args.workers
+    train_loader, val_loader = make_loaders(train_set, val_set, settings['batch_size'], workers, rank, world,
+                                            pin_memory=device.type == 'cuda')
+    if device.type != 'cpu':
+        val_loader = [(x.to(device), y.to(device)) for x, y in val_loader]  # the same every epoch: it stays there
     try:
-        train(model, optimizer, train_loader, val_loader, settings['epochs'], device, settings['seed'], out, history)
-        report(model, val_x, val_y, device, out)
+        train(model, optimizer, train_loader, val_loader, settings['epochs'], device, settings['seed'], out, history,
+              settings['amp'])
+        if rank == 0:
+            report(model, val_x, val_y, device, out, settings['amp'])
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f'interrupted: {saved_state(out)}; continue with '
                                 f'python chapter2_2_train.py --out "{out}" --resume') from None
     except RuntimeError as error:
-        if 'tried to allocate' not in str(error).lower():
-            raise
-        raise UserError(f'{device} has too little memory for batches of {settings["batch_size"]}: '
-                        'try --batch-size 64, or less') from None
+        if 'tried to allocate' in str(error).lower():
+            raise UserError(f'{device} has too little memory for batches of {settings["batch_size"]}: '
+                            'try --batch-size 64, or less') from None
+        if 'DataLoader worker' in str(error):
+            raise UserError(f'a process that prepares batches has died, perhaps for lack of memory: {saved_state(out)}; '
+                            'continue with --resume, and with --workers 0 if it dies again') from None
+        raise
 
 
 def use_run(args):
@@ -493,8 +620,11 @@ def main():
                         help=f"Adam's learning rate (default: {learning_rate}; with --demo {DEMO['lr']})")
     parser.add_argument('--seed', type=number(int, 0, 2**32 - 1), metavar='N',
                         help='the same seed gives the same numbers again on the CPU (default: 0)')
-    parser.add_argument('--workers', type=number(int, 0, 1000), default=0, metavar='N',
-                        help='processes that prepare batches; 0: the main process does (default: %(default)s)')
+    parser.add_argument('--workers', type=number(int, 0, 1000), metavar='N',
+                        help='processes that prepare batches; 0: the main process does (default: one a core, but for one '
+                        'core, up to 16; on the CPU 0)')
+    parser.add_argument('--no-amp', dest='amp', action='store_const', const=False,
+                        help='compute in full precision (default: in bfloat16 or float16 where the hardware is faster in it)')
     parser.add_argument('--device', metavar='NAME', help='cuda, cuda:1, mps, xpu, cpu (default: CUDA if there is one, '
                         'else another accelerator, else the CPU)')
     parser.add_argument('--out', metavar='DIR', help="the run's folder (default: the next free one of runs/001, runs/002, ...)")
@@ -507,7 +637,16 @@ def main():
     args = parser.parse_args()
     if not args.out and (args.resume or args.predict or args.dreams):
         parser.error('--resume, --predict and --dreams need the folder of a run: --out DIR')
-    use_run(args) if args.predict or args.dreams else start_training(args)
+    if args.predict or args.dreams:
+        return use_run(args)
+    try:
+        start_training(args)
+    except RuntimeError as error:
+        if process()[1] == 1 or not ('gloo' in str(error) or isinstance(error, distributed.DistError)):
+            raise
+        raise UserError('another process of this run has ended, and so does this one; continue with --out and --resume') from None
+    if process()[1] > 1:
+        distributed.destroy_process_group()
 
 
 if __name__ == '__main__':

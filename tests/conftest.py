@@ -1,16 +1,24 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ['MPLBACKEND'] = 'Agg'  # the tests open no window
 
 import chapter2_1_data as data  # noqa: E402
+
+
+class Small(nn.Sequential):
+    """A network in the place of Classifier, for tests of what is done with it: its epochs and checkpoints take no time."""
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16 * 16, 11))
 
 
 @pytest.fixture(scope='session')
@@ -61,6 +69,9 @@ def call(tmp_path, monkeypatch, capsys):
             if isinstance(code, str):
                 print(code, file=sys.stderr)
                 code = 1
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         out, err = capsys.readouterr()
         return SimpleNamespace(returncode=code, stdout=out, stderr=err)
     return start

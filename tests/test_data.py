@@ -186,20 +186,53 @@ def test_loaders(arrays):
     train_loader, val_loader = data.make_loaders(data.ImgDataset(train_x, ids, data.train_transform),
                                                  data.ImgDataset(val_x, val_y, data.test_transform), batch_size=16)
     epochs = [torch.cat([y for _, y in train_loader]) for _ in range(2)]
-    assert [x.shape for x, _ in train_loader] == [(16, 3, 128, 128)] * 2 + [(12, 3, 128, 128)]
+    assert [x.shape for x, _ in train_loader] == [(16, 128, 128, 3)] * 2 + [(12, 128, 128, 3)]
     assert all(torch.equal(epoch.sort()[0], ids) for epoch in epochs)
     assert not torch.equal(epochs[0], ids) and not torch.equal(*epochs)
     assert torch.cat([y for _, y in val_loader]).tolist() == val_y.tolist()
-    assert data.make_loaders([0], [0])[0].batch_size == 128
 
 
-def test_workers_started_by_spawn_give_the_same_batches(arrays):
-    val_set = data.ImgDataset(*arrays[2:], data.test_transform)
-    expected = next(iter(data.make_loaders(val_set, val_set)[1]))
-    _, val_loader = data.make_loaders(val_set, val_set, workers=1)
-    val_loader.multiprocessing_context = 'spawn'
-    for got, wanted in zip(next(iter(val_loader)), expected):
-        assert torch.equal(got, wanted)
+def test_batches_in_bytes_become_the_numbers_of_the_books_transforms(arrays):
+    train_set, val_set = (data.ImgDataset(x, y, transform) for x, y, transform in (
+        (*arrays[:2], data.train_transform), (*arrays[2:], data.test_transform)))
+    train_set.seed.fill_(5)
+    train_loader, val_loader = data.make_loaders(train_set, val_set)
+    assert train_loader.batch_size == 128 and len(list(val_loader)) == 1
+    order = list(train_loader.sampler)
+    for loader, items in ((train_loader, [train_set[i] for i in order]), (val_loader, list(val_set))):
+        x, y = next(iter(loader))
+        assert x.dtype == torch.uint8 and y.tolist() == [label.item() for _, label in items]
+        x = data.to_device(x, torch.device('cpu'))
+        assert torch.equal(x, torch.stack([image for image, _ in items])) and x.is_contiguous(memory_format=torch.channels_last)
+    floats = data.ImgDataset(arrays[0], arrays[1], lambda image: torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1)
+    x, _ = next(iter(data.make_loaders(floats, val_set)[0]))  # a reader's own transform stays as it is
+    assert data.to_device(x, torch.device('cpu')).min() < 0
+
+
+def test_the_shares_of_several_processes_make_up_the_batches_of_one():
+    train_set = data.ImgDataset(np.zeros((23, 1, 1, 3), np.uint8), range(23))
+    train_set.seed.fill_(3)
+    whole, *shares = (data.make_loaders(train_set, train_set, 8, rank=rank, world=world)[0]
+                      for rank, world in ((0, 1), (0, 2), (1, 2)))
+    assert len(whole) == len(shares[0]) == len(shares[1]) == 3 and [len(share.sampler) for share in shares] == [12, 11]
+    for (_, y), *parts in zip(whole, *shares, strict=True):
+        assert sorted(torch.cat([part for _, part in parts]).tolist()) == sorted(y.tolist())
+
+
+def test_workers_that_are_not_forked_have_no_copy_of_the_images(food11, monkeypatch):
+    monkeypatch.setattr(data, 'forks', lambda: False)
+    x, y = data.readfile(food11 / 'validation')
+    val_set = data.ImgDataset(x, y, data.test_transform)
+    loader, _ = data.make_loaders(val_set, val_set, workers=1)
+    loader.multiprocessing_context = 'spawn'
+    loader.dataset.seed.fill_(1)
+    (images, labels), = loader
+    order = list(loader.sampler)
+    assert np.array_equal(images, x[order]) and labels.tolist() == y[order].tolist()
+    x[:] = 7  # which the worker sees, and the seed of the next epoch as well
+    loader.dataset.seed.fill_(2)
+    (images, labels), = loader
+    assert (images == 7).all() and labels.tolist() == y[list(loader.sampler)].tolist() != y[order].tolist()
 
 
 # ---------------------------------------------------------------------- looking

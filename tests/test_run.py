@@ -15,7 +15,7 @@ from torch import nn
 
 import chapter2_1_data as data
 import chapter2_2_train as train
-from conftest import ROOT
+from conftest import ROOT, Small
 from test_train import LINE
 
 CPU = torch.device('cpu')
@@ -24,9 +24,12 @@ POSIX = pytest.mark.skipif(os.name == 'nt', reason='the signals of POSIX')
 # Runs the training script, with a checkpoint after every epoch, and lets a test kill it at a chosen instant.
 DRIVER = f'''
 import os, sys
-sys.path.insert(0, {str(ROOT)!r})
+sys.path[:0] = {str(ROOT)!r}, {str(ROOT / 'tests')!r}
 import chapter2_1_data as data, chapter2_2_train as train
 train.save_seconds, instant = 0, sys.argv.pop(1)
+if instant != 'full disk':
+    import conftest
+    train.Classifier = conftest.Small
 kill = lambda: os.kill(os.getpid(), 9)
 evaluate, fsync, replace, seen = train.evaluate, os.fsync, os.replace, []
 def count(event):
@@ -56,6 +59,11 @@ def command(photographs, *arguments, instant='never'):
 
 def start(*arguments, **options):
     return subprocess.run(command(*arguments, **options), capture_output=True, encoding='utf-8', timeout=120)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(train, 'Classifier', Small)
 
 
 @pytest.fixture(scope='module')
@@ -89,7 +97,8 @@ def test_a_run_leaves_its_checkpoints_history_settings_and_pictures(finished, ph
     assert sorted(os.listdir(out)) == ['best.pt', 'confusion.png', 'curves.png', 'history.csv', 'last.pt', 'mistakes.png',
                                        'settings.json']
     settings = json.loads((out / 'settings.json').read_text())
-    assert {**settings, 'data': 0} == {'data_dir': str(photographs), 'epochs': 3, 'batch_size': 4, 'lr': .001, 'seed': 0, 'data': 0}
+    assert {**settings, 'data': 0} == {'data_dir': str(photographs), 'epochs': 3, 'batch_size': 4, 'lr': .001, 'seed': 0, 'amp': True,
+                                        'data': 0}
     printed = [LINE.fullmatch(line).groups() for line in done.stdout.splitlines()[:3]]
     assert [(row['epoch'], row['train_acc'], row['train_loss'], row['val_acc'], row['val_loss']) for row in history(out)] == [
         (str(int(line[0])), *line[2:]) for line in printed]
@@ -99,7 +108,8 @@ def test_a_run_leaves_its_checkpoints_history_settings_and_pictures(finished, ph
     model = train.Classifier()
     model.load_state_dict(best)
     val_x, val_y = data.readfile(photographs / 'validation')
-    right = (train.probabilities(model, val_x, CPU).argmax(1) == val_y).mean()
+    with train.mixed_precision(CPU)[0]:
+        right = (train.probabilities(model, val_x, CPU).argmax(1) == val_y).mean()
     assert right == pytest.approx(max(float(row['val_acc']) for row in history(out)), abs=1e-6)
     assert table[-1].split()[-1] == f'{right:.1%}'
 
@@ -185,7 +195,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_saved(photographs, tmp_
     if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=300m', 'none', disk], capture_output=True).returncode:
         pytest.skip('mounting is not allowed here')
     try:
-        done = start(photographs, '--epochs', 3, '--out', disk / 'run')
+        done = start(photographs, '--epochs', 3, '--out', disk / 'run', instant='full disk')
         assert done.returncode == 1 and done.stderr.count('\n') == 2
         assert f'{os.strerror(errno.ENOSPC)}; what was saved before is whole' in done.stderr.splitlines()[-1]
         assert len(torch.load(disk / 'run' / 'last.pt', weights_only=True)['history']) == 1
@@ -229,12 +239,12 @@ def test_a_bad_checkpoint_gives_one_line_and_is_not_executed(call, finished, tmp
     for name in ('last.pt', 'best.pt'):
         if kind == 'no numbers':
             state = torch.load(finished[0] / name, weights_only=True)
-            state['model']['fc.4.bias'][3] = float('nan')
+            state['model']['4.bias'][3] = float('nan')
             torch.save(state, out / name)
         elif kind == 'foreign':
             torch.save({'model': {'weight': torch.zeros(3)}}, out / name)
         else:
-            content = {'cut off': (finished[0] / name).read_bytes()[:-100_000], 'empty': b'', 'malicious': pickle.dumps(Malicious(), 2)}
+            content = {'cut off': (finished[0] / name).read_bytes()[:-1000], 'empty': b'', 'malicious': pickle.dumps(Malicious(), 2)}
             (out / name).write_bytes(content[kind])
     for arguments in (['--resume'], ['--predict', 'dinner.jpg']):
         done = call(train.main, '--out', out, '--device', 'cpu', *arguments)
@@ -245,15 +255,90 @@ def test_a_bad_checkpoint_gives_one_line_and_is_not_executed(call, finished, tmp
     assert not (tmp_path / 'executed').exists()
 
 
+# ---------------------------------------------------------------------- several processes
+
+class Linear(nn.Sequential):  # without batch norm, whose numbers hang on how many images a process has
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(3 * 128 * 128, 11))
+
+
+# What torchrun starts twice: process 1 dies in the second epoch of the first attempt.
+SHARED = f'''
+import os, sys
+sys.path[:0] = {str(ROOT)!r}, {str(ROOT / 'tests')!r}
+import chapter2_1_data as data, chapter2_2_train as train, conftest, test_run
+train.Classifier = getattr(test_run, sys.argv.pop(1))
+train.save_seconds, train_epoch = 0, train.train_epoch
+def train_epoch_or_die(*arguments):
+    if '[002' in arguments[-1] and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+        os.kill(os.getpid(), 9)
+    return train_epoch(*arguments)
+train.train_epoch = train_epoch_or_die
+if __name__ == '__main__':
+    data.run(train.main)
+'''
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Trains a network of this module in two processes on 11 photographs in batches of 4, 4 and 3."""
+    data.draw_food11(tmp_path / 'food', training=1, validation=1)
+    (tmp_path / 'shared.py').write_text(SHARED)
+
+    def start(network, *arguments, restarts=0):
+        return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--max-restarts',
+                               str(restarts), 'shared.py', network, '--data-dir', 'food', '--batch-size', '4', '--device', 'cpu',
+                               *map(str, arguments)], cwd=tmp_path, capture_output=True, encoding='utf-8', timeout=120)
+    return start
+
+
+@POSIX
+def test_two_processes_of_which_one_dies_and_is_restarted_train_as_one_does(call, torchrun, tmp_path, monkeypatch):
+    done = torchrun('Linear', '--epochs', 3, '--out', 'two', '--resume', restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert 'resumed from epoch 1' in done.stderr and done.stdout.count('[001/003]') == done.stdout.count('[003/003]') == 1
+    monkeypatch.setattr(train, 'Classifier', Linear)
+    arguments = ['--data-dir', 'food', '--batch-size', 4, '--device', 'cpu', '--out']
+    assert call(train.main, *arguments, 'one', '--epochs', 3, '--no-amp').returncode == 0
+    for two, one in zip(history(tmp_path / 'two'), history(tmp_path / 'one'), strict=True):
+        assert [float(value) for value in two.values()] == pytest.approx([float(value) for value in one.values()], rel=1e-3)
+    two, one = (torch.load(tmp_path / name / 'last.pt', weights_only=True)['optimizer']['state'] for name in ('two', 'one'))
+    assert two[0]['step'] == one[0]['step'] == 9
+    done = call(train.main, *arguments, 'two', '--epochs', 4, '--resume')  # in one process
+    assert done.returncode == 0 and done.stdout.startswith('[004/004]')
+
+
+@POSIX
+def test_a_process_that_dies_ends_the_run_of_two(torchrun, tmp_path):
+    done = torchrun('Small', '--out', 'run')
+    assert done.returncode != 0 and done.stdout.count('\n') == 1 and '[rank' not in done.stderr
+    last = torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)
+    model = train.Classifier()
+    model.load_state_dict(last['model'])
+    val_x, val_y = data.readfile(tmp_path / 'food' / 'validation')
+    with train.mixed_precision(CPU)[0]:
+        right = (train.probabilities(model, val_x, CPU).argmax(1) == val_y).mean()
+    assert last['history'][-1]['epoch'] == 1 and last['history'][-1]['val_acc'] == pytest.approx(right)
+
+
+def test_batches_that_the_processes_cannot_share_are_refused(call, photographs, monkeypatch):
+    monkeypatch.setattr(train, 'process', lambda: (0, 3))
+    monkeypatch.setattr(train, 'join_processes', lambda device: None)
+    monkeypatch.setattr(train, 'of_first', lambda value: value)
+    for size, message in ((4, '3 processes cannot share batches of 4'), (9, 'the last batch has only 1 images for 3 processes')):
+        done = call(train.main, '--data-dir', photographs, '--batch-size', size, '--device', 'cpu')
+        assert done.returncode == 1 and message in done.stderr and done.stderr.count('\n') == 1
+
+
 # ---------------------------------------------------------------------- seen and used
 
-def test_predict_names_three_classes_and_writes_kaggles_table(script, finished, photographs, tmp_path):
+def test_predict_names_three_classes_and_writes_kaggles_table(call, finished, photographs, tmp_path):
     folder = tmp_path / '测试'
     folder.mkdir()
     for i in range(3):
         (folder / f'000{i}.jpg').write_bytes((photographs / 'validation' / f'{i}_0.jpg').read_bytes())
     (folder / '0001.jpg').write_bytes(b'no photograph')
-    done = script('chapter2_2_train.py', '--out', finished[0], '--predict', folder / '0000.jpg', 'gone.jpg', folder)
+    done = call(train.main, '--out', finished[0], '--device', 'cpu', '--predict', folder / '0000.jpg', 'gone.jpg', folder)
     assert done.returncode == 1
     errors = done.stderr.splitlines()
     assert [error.split(':')[0] for error in errors] == ['gone.jpg', str(folder / '0001.jpg')]

@@ -1,6 +1,9 @@
 """chapter2_2_train.py: the network, the facts about it, the training and its printed line."""
+import contextlib
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ from torch.nn import functional as F
 
 import chapter2_1_data as data
 import chapter2_2_train as train
+from conftest import Small
 
 LINE = re.compile(r'\[(\d{3})/(\d{3,})\] \d+\.\d\d sec\(s\) Train Acc: (\d\.\d{6}) Loss: (\d+\.\d{6}) \| '
                   r'Val Acc: (\d\.\d{6}) loss: (\d+\.\d{6})')
@@ -74,7 +78,7 @@ def test_the_facts_of_chapter_1():
 def test_training_learns_the_drawn_dishes(tmp_path, capsys):
     data.draw_food11(tmp_path, training=12, validation=6)
     train_x, train_y, val_x, val_y = data.read_food11(tmp_path)
-    some, others = np.isin(train_y, (3, 9, 10)), np.isin(val_y, (3, 9, 10))  # eggs, soups and apples
+    some, others = np.isin(train_y, (3, 9)), np.isin(val_y, (3, 9))  # eggs and soups
     train_loader, val_loader = data.make_loaders(
         data.ImgDataset(train_x[some], train_y[some], data.train_transform),
         data.ImgDataset(val_x[others], val_y[others], data.test_transform), batch_size=6)
@@ -98,9 +102,9 @@ def test_printed_means_count_every_image_once(arrays, capsys, tmp_path):
     modes = []
     model.register_forward_hook(lambda *_: modes.append(model.training))
     train.train(model, torch.optim.Adam(model.parameters(), lr=0), *data.make_loaders(train_set, val_set, batch_size=16),
-                num_epoch=1, device=CPU, seed=0, out=tmp_path, history=[])
+                num_epoch=1, device=CPU, seed=0, out=tmp_path, history=[], amp=False)
     printed = [float(text) for text in LINE.fullmatch(capsys.readouterr().out.strip()).groups()[2:]]
-    assert modes == [True] * 3 + [False] * 2
+    assert modes == [True] * 3 + [False]
     expected = []
     for dataset in (train_set, val_set):
         x, y = zip(*dataset)
@@ -115,10 +119,10 @@ def test_evaluate_leaves_the_network_as_it_is(arrays):
     torch.manual_seed(0)
     model = train.Classifier()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    accuracy, loss = train.evaluate(model, val_loader, nn.CrossEntropyLoss(), CPU)
+    accuracy, loss = train.evaluate(model, val_loader, nn.CrossEntropyLoss(), CPU, contextlib.nullcontext())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     x, y = next(iter(data.make_loaders(val_set, val_set)[1]))
-    scores = model.eval()(x)
+    scores = model.eval()(data.to_device(x, CPU))
     assert accuracy == pytest.approx((scores.argmax(1) == y).double().mean().item())
     assert loss == pytest.approx(F.cross_entropy(scores, y).item(), abs=1e-5)
 
@@ -162,9 +166,10 @@ def read(terminal):
 @pytest.mark.parametrize('arguments, epochs, batch, lr', [([], 100, 128, .001), (['--demo'], 5, 16, .0001)])
 def test_the_books_settings_are_the_defaults(call, food11, tmp_path, monkeypatch, arguments, epochs, batch, lr):
     def look(model, optimizer, train_loader, val_loader, num_epoch, *_):
-        assert (num_epoch, train_loader.batch_size, val_loader.batch_size) == (epochs, batch, batch)
+        assert (num_epoch, train_loader.batch_size, train_loader.num_workers) == (epochs, batch, 0)
         assert type(optimizer).__name__ == 'Adam' and optimizer.param_groups[0]['lr'] == lr
-        assert train_loader.dataset.transform is data.train_transform and val_loader.dataset.transform is data.test_transform
+        steps = [[type(step).__name__ for step in loader.dataset.transform.transforms] for loader in (train_loader, val_loader)]
+        assert [len(names) for names in steps] == [4, 2] and steps[0][1:3] == ['RandomHorizontalFlip', 'RandomRotation']
         looked.append(len(train_loader.dataset))
     looked = []
     monkeypatch.setattr(train, 'train', look)
@@ -185,7 +190,44 @@ def test_the_device_is_the_accelerator_if_there_is_one(monkeypatch):
         train.pick_device()
 
 
-def test_the_same_seed_gives_the_same_numbers(call, photographs):
+@pytest.mark.parametrize('capability, dtype', [((9, 0), torch.bfloat16), ((7, 5), torch.float16), ((6, 1), None)])
+def test_a_gpu_computes_in_the_type_it_is_fast_in(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    seen = []
+    monkeypatch.setattr(torch, 'autocast', lambda kind, dtype: seen.append((kind, dtype)))
+    monkeypatch.setattr(torch.amp, 'GradScaler', lambda kind, enabled: seen.append(enabled))
+    train.mixed_precision(torch.device('cuda'))
+    assert seen == [*[('cuda', dtype)] * (dtype is not None), dtype is torch.float16]
+    seen.clear()
+    train.mixed_precision(torch.device('cuda'), amp=False)
+    assert seen == [False]
+
+
+def test_a_cpu_computes_in_bfloat16_only_if_it_has_units_for_it(monkeypatch):
+    for units in (True, False):
+        for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'):
+            monkeypatch.setattr(torch.cpu, name, lambda found=units and 'avx512' in name: found)
+        with train.mixed_precision(CPU)[0]:
+            assert (nn.Linear(3, 3)(torch.rand(2, 3)).dtype == torch.bfloat16) == units
+
+
+def test_workers_by_default(monkeypatch):
+    train_set = data.ImgDataset(np.zeros((5, 128, 128, 3), np.uint8))
+    monkeypatch.setattr(data, 'forks', lambda: True)
+    monkeypatch.setattr(train, 'forks', lambda: True)
+    monkeypatch.setattr(os, 'name', 'posix')
+    monkeypatch.setattr(os.path, 'isdir', lambda path: True)
+    for cores, free, workers in ((16, 2**34, 15), (2, 2**34, 1), (1, 2**34, 0), (64, 2**34, 16), (16, 64 * 2**20, 2), (16, 2**20, 0)):
+        monkeypatch.setattr(train, 'cores', lambda: cores)
+        monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(2**34, 2**34 - free, free))
+        assert train.default_workers(torch.device('cuda'), train_set, 128) == workers
+        assert train.default_workers(CPU, train_set, 128) == 0
+    monkeypatch.setattr(train, 'forks', lambda: False)  # and no shared memory for the images
+    assert train.default_workers(torch.device('cuda'), train_set, 128) == 0
+
+
+def test_the_same_seed_gives_the_same_numbers(call, photographs, monkeypatch):
+    monkeypatch.setattr(train, 'Classifier', Small)
     first, again, other = [call(train.main, '--data-dir', photographs, '--epochs', 1, '--batch-size', 4, '--seed', seed,
                                 '--device', 'cpu').stdout.split('sec')[1] for seed in (5, 5, 6)]
     assert first == again != other
@@ -215,3 +257,16 @@ def test_too_little_memory_names_the_batch_size(call, food11, monkeypatch):
     monkeypatch.setattr(train, 'train', full)
     done = call(train.main, '--data-dir', food11, '--device', 'cpu')
     assert done.returncode == 1 and 'batches of 128: try --batch-size 64' in done.stderr
+
+
+class Die:
+    """A transform that ends the process it runs in, as Linux does when memory runs out."""
+    def __call__(self, image):
+        os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))
+
+
+def test_a_worker_that_dies_ends_the_run_in_one_line(call, photographs, monkeypatch):
+    monkeypatch.setattr(train, 'book_transforms', lambda: (Die(), data.test_transform))
+    done = call(train.main, '--data-dir', photographs, '--device', 'cpu', '--workers', 1)
+    assert done.returncode == 1 and done.stderr.count('\n') == 2
+    assert 'a process that prepares batches has died' in done.stderr.splitlines()[-1]

@@ -70,15 +70,20 @@ def list_images(path):
             'how to get it (python -m gdown 19CzXudqN58R3D-1G8KeFWk8UDQwlb8is -O food-11.zip, and unpack); --data-dir names '
             'another place, and --demo needs no photographs'))
 
-    def wanted(file):
-        names = file.relative_to(path).parts
-        return not (file.is_dir() or file.suffix.lower() in NOT_IMAGES
-                    or any(name.startswith('.') or name.lower() in CLUTTER for name in names))
+    def photographs(folder, parts=()):
+        for entry in os.scandir(folder):
+            if entry.name.startswith('.') or entry.name.lower() in CLUTTER:
+                continue
+            if not entry.is_dir():
+                if os.path.splitext(entry.name)[1].lower() not in NOT_IMAGES:
+                    yield *parts, entry.name
+            elif not parts:
+                yield from photographs(entry, (entry.name,))
 
-    files = [file for pattern in ('*', '*/*') for file in path.glob(pattern) if wanted(file)]
+    files = [path.joinpath(*parts) for parts in sorted(photographs(path))]
     if not files:
         raise UserError(f'no photographs in {path}: it should hold files such as 0_0.jpg (food-11/README.md)')
-    return sorted(files, key=lambda file: file.relative_to(path).parts)
+    return files
 
 
 def letters(name):
@@ -136,16 +141,18 @@ def read_images(files):
     """Reads photographs with all cores: `x`, uint8 (N, 128, 128, 3), and {file: what is wrong with it}."""
     x, problems = empty_images(len(files)), {}
 
-    def read(i):
-        try:
-            x[i] = read_image(files[i])
-        except (OSError, ValueError) as error:
-            problems[files[i]] = getattr(error, 'strerror', None) or error
+    def read(start):
+        for i in range(start, min(start + 16, len(files))):
+            try:
+                x[i] = read_image(files[i])
+            except (OSError, ValueError) as error:
+                problems[files[i]] = getattr(error, 'strerror', None) or error
+            progress.update()
 
     (getattr(cv2, 'setLogLevel', None) or cv2.utils.logging.setLogLevel)(0)  # OpenCV's own lines name no file
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads suffice: OpenCV releases the GIL
-        for _ in tqdm(pool.map(read, range(len(files))), 'reading', len(files), leave=False, unit='img', disable=None):
-            pass
+    with (tqdm(desc='reading', total=len(files), leave=False, unit='img', disable=None) as progress,
+          ThreadPoolExecutor(os.cpu_count()) as pool):  # threads suffice: OpenCV releases the GIL
+        list(pool.map(read, range(0, len(files), 16)))
     return x, problems
 
 
@@ -155,10 +162,10 @@ def readfile(path):
     Returns `x`, uint8 (N, 128, 128, 3), BGR, and `y`, uint8 (N,).
     Raises UserError (BadFiles) if the folder or any file in it cannot be used.
     """
-    files, y, problems = list_images(path), [], {}
+    files, y, problems, path = list_images(path), [], {}, Path(path)
     for file in files:
         try:
-            y.append(label_of(file, Path(path)))
+            y.append(label_of(file, path))
         except ValueError as error:
             problems[file] = error
     x, unreadable = read_images(files)

@@ -281,13 +281,12 @@ def to_device(x, device):
 
 
 def make_loaders(train_set, val_set, batch_size=batch_size, workers=0, rank=0, world=1, pin_memory=False):
-    """train_loader, shuffled anew every epoch, and val_loader, in order and in batches of twice the size. Their images
-    are uint8 (N, 128, 128, 3), for `to_device`. `workers`: processes that load ahead, 0 to load in the main process;
-    `rank` and `world` as in Shuffle."""
+    """train_loader, shuffled anew every epoch, and val_loader, in order. Their images are uint8 (N, 128, 128, 3), for
+    `to_device`. `workers`: processes that load ahead, 0 to load in the main process; `rank` and `world` as in Shuffle."""
     train_set = in_bytes(train_set)
     train_loader = DataLoader(train_set, batch_size // world, sampler=Shuffle(train_set, batch_size, rank, world),
                               num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory)
-    return train_loader, DataLoader(in_bytes(val_set), 2 * batch_size)
+    return train_loader, DataLoader(in_bytes(val_set), batch_size)
 
 
 # ---------------------------------------------------------------------- looking at it (2.2)

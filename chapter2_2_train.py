@@ -13,6 +13,7 @@ Each run keeps its checkpoints, history and pictures in a folder of its own:
 """
 import argparse
 import contextlib
+import ctypes
 import io
 import itertools
 import json
@@ -209,6 +210,16 @@ def default_workers(device, train_set, batch_size):
     if os.path.isdir('/dev/shm'):
         workers = min(workers, shutil.disk_usage('/dev/shm').free // (4 * batch_size * train_set.x[0].nbytes))
     return workers
+
+
+def keep_memory(batch_size):
+    """Has Linux's malloc keep the memory of one step for the next, which otherwise waits while the system clears it anew:
+    up to half of the time of training on the CPU. That takes half as much memory again; not where it might run short."""
+    with contextlib.suppress(AttributeError, OSError, TypeError, ValueError):  # not glibc's
+        if os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') > 100e6 * batch_size:
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD
+            mallopt(-4, 0)   # M_MMAP_MAX
 
 
 def join_processes(device):
@@ -526,6 +537,8 @@ def start_training(args):
     if settings['batch_size'] % world:
         raise UserError(f'{world} processes cannot share batches of {settings["batch_size"]} evenly: give another --batch-size, '
                         'or torchrun another --nproc-per-node')
+    if device.type == 'cpu':
+        keep_memory(settings['batch_size'])
     torch.manual_seed(settings['seed'])
     torch.backends.cudnn.benchmark = True  # cuDNN tries its ways to compute a convolution, and keeps the fastest
     model = Classifier().to(device, memory_format=torch.channels_last)  # the layout that convolutions are fastest in

@@ -229,7 +229,10 @@ def join_processes(device):
             torch.cuda.set_device(device)
         else:
             torch.set_num_threads(cores())  # torchrun says 1
-        distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        store, rank, world = next(distributed.rendezvous('env://'))
+        if os.environ['GROUP_WORLD_SIZE'] == '1':  # one machine. A restarted process must not find the dead ones' addresses
+            store = distributed.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
+        distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world)
 
 
 def of_first(value):

@@ -104,7 +104,7 @@ def test_printed_means_count_every_image_once(arrays, capsys, tmp_path):
     train.train(model, torch.optim.Adam(model.parameters(), lr=0), *data.make_loaders(train_set, val_set, batch_size=16),
                 num_epoch=1, device=CPU, seed=0, out=tmp_path, history=[], amp=False)
     printed = [float(text) for text in LINE.fullmatch(capsys.readouterr().out.strip()).groups()[2:]]
-    assert modes == [True] * 3 + [False]
+    assert modes == [True] * 3 + [False] * 2
     expected = []
     for dataset in (train_set, val_set):
         x, y = zip(*dataset)

@@ -216,7 +216,10 @@ def keep_memory(batch_size):
     """Has Linux's malloc keep the memory of one step for the next, which otherwise waits while the system clears it anew:
     up to half of the time of training on the CPU. That takes half as much memory again; not where it might run short."""
     with contextlib.suppress(AttributeError, OSError, TypeError, ValueError):  # not glibc's
-        if os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') > 100e6 * batch_size:
+        memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+        with contextlib.suppress(OSError, ValueError):
+            memory = min(memory, int(Path('/sys/fs/cgroup/memory.max').read_text()))  # a container's
+        if memory > 100e6 * batch_size:
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-1, -1)  # M_TRIM_THRESHOLD
             mallopt(-4, 0)   # M_MMAP_MAX

@@ -262,15 +262,16 @@ class Linear(nn.Sequential):  # without batch norm, whose numbers hang on how ma
         super().__init__(nn.Flatten(), nn.Linear(3 * 128 * 128, 11))
 
 
-# What torchrun starts twice: process 1 dies in the second epoch of the first attempt.
+# What torchrun starts twice: process 1 dies in the second epoch of the first attempt, when process 0 has saved the first.
 SHARED = f'''
-import os, sys
+import os, sys, time
 sys.path[:0] = {str(ROOT)!r}, {str(ROOT / 'tests')!r}
 import chapter2_1_data as data, chapter2_2_train as train, conftest, test_run
 train.Classifier = getattr(test_run, sys.argv.pop(1))
 train.save_seconds, train_epoch = 0, train.train_epoch
 def train_epoch_or_die(*arguments):
     if '[002' in arguments[-1] and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+        while not os.path.exists(sys.argv[sys.argv.index('--out') + 1] + '/last.pt'): time.sleep(.1)
         os.kill(os.getpid(), 9)
     return train_epoch(*arguments)
 train.train_epoch = train_epoch_or_die

@@ -1,6 +1,7 @@
 """chapter2_2_train.py: the network, the facts about it, the training and its printed line."""
 import contextlib
 import os
+import platform
 import re
 import shutil
 import signal
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 import chapter2_1_data as data
 import chapter2_2_train as train
-from conftest import Small
+from conftest import ROOT, Small
 
 LINE = re.compile(r'\[(\d{3})/(\d{3,})\] \d+\.\d\d sec\(s\) Train Acc: (\d\.\d{6}) Loss: (\d+\.\d{6}) \| '
                   r'Val Acc: (\d\.\d{6}) loss: (\d+\.\d{6})')
@@ -224,6 +225,23 @@ def test_workers_by_default(monkeypatch):
         assert train.default_workers(CPU, train_set, 128) == 0
     monkeypatch.setattr(train, 'forks', lambda: False)  # and no shared memory for the images
     assert train.default_workers(torch.device('cuda'), train_set, 128) == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='of glibc')
+def test_memory_is_kept_for_the_next_step_where_there_is_plenty():
+    """Of the pages that 64 MiB need, the system gives none anew once they have been there; but for huge batches it does."""
+    code = """if True:
+        import resource, sys, torch, chapter2_2_train
+        faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        chapter2_2_train.keep_memory(int(sys.argv[1]))
+        for i in range(15):
+            before = before if i > 12 else faults()
+            torch.ones(2**24)
+        print(faults() - before)
+    """
+    kept, given_back = (int(subprocess.run([sys.executable, '-c', code, batch_size], cwd=ROOT, stdout=subprocess.PIPE).stdout)
+                        for batch_size in ('1', '1000000000'))
+    assert kept < 10 < given_back
 
 
 def test_the_same_seed_gives_the_same_numbers(call, photographs, monkeypatch):

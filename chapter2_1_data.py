@@ -14,6 +14,7 @@ import functools
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -127,12 +128,17 @@ def forks():
     return (multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]) == 'fork'
 
 
+def shared_memory():
+    """Bytes of shared memory that are free: few in a container."""
+    return shutil.disk_usage('/dev/shm').free if os.path.isdir('/dev/shm') else sys.maxsize
+
+
 def empty_images(n):
     """Room for `n` images, uint8 (n, 128, 128, 3), that the loaders' processes see without a copy: in shared memory,
     unless they are forked, and so see everything."""
     x = torch.empty(n, image_size, image_size, 3, dtype=torch.uint8)
-    if not forks():
-        with contextlib.suppress(RuntimeError):  # too little of it, as in a container
+    if not forks() and shared_memory() > x.nbytes:
+        with contextlib.suppress(RuntimeError):  # a system that has none
             x.share_memory_()
     return x.numpy()
 
@@ -227,7 +233,8 @@ class ImgDataset(Dataset):
     """
 
     def __init__(self, x, y=None, transform=None):
-        self.x = x.base if isinstance(getattr(x, 'base', None), torch.Tensor) else torch.as_tensor(x)  # as empty_images made it
+        # as empty_images made it, or another array
+        self.x = x.base if isinstance(getattr(x, 'base', None), torch.Tensor) else torch.as_tensor(np.ascontiguousarray(x))
         self.y = None if y is None else torch.as_tensor(y, dtype=torch.long)
         self.transform = transform
         self.seed = torch.tensor(-1).share_memory_()  # a worker that lives for several epochs sees each one's
@@ -266,7 +273,7 @@ def in_bytes(dataset):
     """The dataset with images in uint8 (128, 128, 3), a quarter of the bytes to send: what ToTensor does at the end of its
     transform is left to `to_device`."""
     from torchvision import transforms
-    steps = getattr(dataset.transform, 'transforms', [None])
+    steps = getattr(dataset.transform, 'transforms', None) or [None]
     if isinstance(steps[-1], transforms.ToTensor):
         dataset = copy.copy(dataset)
         dataset.transform = transforms.Compose([*steps[:-1], np.array])
@@ -459,6 +466,9 @@ def run(main):
         else:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would cut the line off
         sys.exit(f'error: {error}')
+    except SystemExit as stop:
+        time.sleep(5 if rank and stop.code else 0)
+        raise
     except KeyboardInterrupt as stop:
         print(str(stop) or 'interrupted', file=sys.stderr)
         sys.exit(130)

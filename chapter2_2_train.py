@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import sys
 import time
 import zlib
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 from chapter2_1_data import (CLASSES, ImgDataset, UserError, add_data_arguments, batch_size, book_transforms, data_dir,
                              demo_dir, draw_food11, forks, list_images, make_loaders, process, read_food11, read_images, run,
-                             to_device)
+                             shared_memory, to_device)
 
 num_epoch = 100
 learning_rate = 0.001
@@ -207,9 +206,7 @@ def default_workers(device, train_set, batch_size):
     if device.type == 'cpu' or not (forks() or train_set.x.is_shared()):
         return 0
     workers = min(cores() - 1, 4 if os.name == 'nt' else 16)  # on Windows each takes gigabytes of page file
-    if os.path.isdir('/dev/shm'):
-        workers = min(workers, shutil.disk_usage('/dev/shm').free // (4 * batch_size * train_set.x[0].nbytes))
-    return workers
+    return min(workers, shared_memory() // (4 * batch_size * train_set.x[0].nbytes))
 
 
 def keep_memory(batch_size):
@@ -608,9 +605,9 @@ def start_training(args):
         if 'tried to allocate' in str(error).lower():
             raise UserError(f'{device} has too little memory for batches of {settings["batch_size"]}: '
                             'try --batch-size 64, or less') from None
-        if 'DataLoader worker' in str(error):
-            raise UserError(f'a process that prepares batches has died, perhaps for lack of memory: {saved_state(out)}; '
-                            'continue with --resume, and with --workers 0 if it dies again') from None
+        if 'DataLoader worker' in str(error) or 'shared memory' in str(error):
+            raise UserError('a process that prepares batches has failed, perhaps for lack of memory, or of shared memory (docker '
+                            f'--shm-size): {saved_state(out)}; continue with --resume, with --workers 0 if need be') from None
         raise
 
 
@@ -657,7 +654,7 @@ def main():
     if not args.out and (args.resume or args.predict or args.dreams):
         parser.error('--resume, --predict and --dreams need the folder of a run: --out DIR')
     if args.predict or args.dreams:
-        return use_run(args)
+        return use_run(args) if process()[0] == 0 else None
     try:
         start_training(args)
     except RuntimeError as error:

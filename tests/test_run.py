@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -329,6 +330,46 @@ def test_batches_that_the_processes_cannot_share_are_refused(call, photographs, 
     for size, message in ((4, '3 processes cannot share batches of 4'), (9, 'the last batch has only 1 images for 3 processes')):
         done = call(train.main, '--data-dir', photographs, '--batch-size', size, '--device', 'cpu')
         assert done.returncode == 1 and message in done.stderr and done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('arguments', [['--data-dir', 'nowhere'], ['--epochs', 'x']])
+def test_a_mistake_is_left_to_process_0_to_tell(call, monkeypatch, arguments):
+    """The others end later, lest torchrun stops process 0 before it has said it."""
+    waited = []
+    monkeypatch.setattr(data, 'process', lambda: (1, 2))
+    monkeypatch.setattr(time, 'sleep', waited.append)
+    done = call(train.main, '--device', 'cpu', *arguments)
+    assert done.returncode != 0 and waited == [5] and done.stdout == ''
+
+
+def test_only_process_0_predicts(call, finished, photographs, monkeypatch):
+    monkeypatch.setattr(train, 'process', lambda: (1, 2))
+    done = call(train.main, '--out', finished[0], '--device', 'cpu', '--predict', photographs / 'validation')
+    assert done.returncode == 0 and done.stdout == '' and not (finished[0] / 'predict.csv').exists()
+
+
+@pytest.mark.skipif(sys.platform != 'linux' or os.geteuid() != 0, reason='only root on Linux can make a small file system')
+@pytest.mark.parametrize('workers', [0, 2])
+def test_little_shared_memory(tmp_path, photographs, workers):
+    """300 kB, of which the 10 photographs would take 491; processes are not forked."""
+    script = tmp_path / 'script.py'
+    script.write_text(f"""
+import multiprocessing, sys
+sys.path[:0] = {str(ROOT)!r}, {str(ROOT / 'tests')!r}
+import chapter2_1_data as data, chapter2_2_train as train, conftest
+train.Classifier = conftest.Small
+if __name__ == '__main__':
+    multiprocessing.set_start_method('spawn')
+    data.run(train.main)
+""")
+    inner = ['sh', '-c', 'mount -t tmpfs -o size=300k none /dev/shm || exit 77; exec "$@"', 'sh', sys.executable, str(script),
+             '--data-dir', str(photographs), '--batch-size', '10', '--epochs', '1', '--device', 'cpu', '--workers', str(workers)]
+    done = subprocess.run(['unshare', '-m', *inner], cwd=tmp_path, capture_output=True, encoding='utf-8', timeout=120)
+    if done.returncode == 77 or 'unshare' in done.stderr:
+        pytest.skip('mounting is not allowed here')
+    errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert (done.returncode, len(errors)) == ((1, 1) if workers else (0, 0)), done.stderr
+    assert 'Traceback' not in done.stderr and (not workers or '--shm-size' in errors[0])
 
 
 # ---------------------------------------------------------------------- seen and used

@@ -287,4 +287,4 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(call, photographs, monkeypa
     monkeypatch.setattr(train, 'book_transforms', lambda: (Die(), data.test_transform))
     done = call(train.main, '--data-dir', photographs, '--device', 'cpu', '--workers', 1)
     assert done.returncode == 1 and done.stderr.count('\n') == 2
-    assert 'a process that prepares batches has died' in done.stderr.splitlines()[-1]
+    assert 'a process that prepares batches has failed' in done.stderr.splitlines()[-1]

@@ -589,6 +589,8 @@ def start_training(args):
     train_set = ImgDataset(train_x, train_y, train_transform)
     val_set = ImgDataset(val_x[rank::world], val_y[rank::world], test_transform)
     workers = default_workers(device, train_set, settings['batch_size']) if args.workers is None else args.workers
+    if workers and not (forks() or train_set.x.is_shared()):
+        raise UserError('too little shared memory for processes that prepare batches: give --workers 0, or docker --shm-size 2g')
     train_loader, val_loader = make_loaders(train_set, val_set, settings['batch_size'], workers, rank, world,
                                             pin_memory=device.type == 'cuda')
     if device.type != 'cpu':
@@ -605,7 +607,7 @@ def start_training(args):
         if 'tried to allocate' in str(error).lower():
             raise UserError(f'{device} has too little memory for batches of {settings["batch_size"]}: '
                             'try --batch-size 64, or less') from None
-        if 'DataLoader worker' in str(error) or 'shared memory' in str(error):
+        if 'DataLoader worker' in str(error):
             raise UserError('a process that prepares batches has failed, perhaps for lack of memory, or of shared memory (docker '
                             f'--shm-size): {saved_state(out)}; continue with --resume, with --workers 0 if need be') from None
         raise

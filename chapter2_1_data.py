@@ -233,8 +233,8 @@ class ImgDataset(Dataset):
     """
 
     def __init__(self, x, y=None, transform=None):
-        # as empty_images made it, or another array
-        self.x = x.base if isinstance(getattr(x, 'base', None), torch.Tensor) else torch.as_tensor(np.ascontiguousarray(x))
+        made_here = isinstance(getattr(x, 'base', None), torch.Tensor)  # by empty_images
+        self.x = x.base if made_here else torch.as_tensor(np.ascontiguousarray(x))
         self.y = None if y is None else torch.as_tensor(y, dtype=torch.long)
         self.transform = transform
         self.seed = torch.tensor(-1).share_memory_()  # a worker that lives for several epochs sees each one's

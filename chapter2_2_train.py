@@ -44,21 +44,21 @@ from chapter2_1_data import UserError
 num_epoch = 100
 learning_rate = 0.001
 
-# The drawn dishes of --demo are few and simple.
+# The demo has few images. With the book's settings its accuracy jumps up and down.
 DEMO_SETTINGS = {'epochs': 5, 'batch_size': 16, 'lr': 0.0001}
 
-# A run that is killed loses the training of so many seconds, or one epoch if that is longer.
+# A run saves its state after so many seconds, or after every epoch if epochs take longer.
 save_seconds = 60
 
 
 # ---- The network (section 2.3) ---------------------------------------------------------------
 
 class Classifier(nn.Module):
-    """Scores of the 11 classes for images: float (N, 3, 128, 128), BGR -> float (N, 11)."""
+    """The book's network. It gives images, float (N, 3, 128, 128), BGR, scores, float (N, 11)."""
 
     def __init__(self):
         super().__init__()
-        # The comments are the shapes of the outputs, starting from [3, 128, 128].
+        # At the end of the lines: the shape of what the layer gives. The input is [3, 128, 128].
         self.convolution = nn.Sequential(
             nn.Conv2d(3, 64, 3, 1, 1),     # [64, 128, 128]
             nn.BatchNorm2d(64),
@@ -86,7 +86,8 @@ class Classifier(nn.Module):
             nn.MaxPool2d(2, 2, 0),         # [512, 4, 4]
         )
         self.fc = nn.Sequential(
-            nn.Linear(512 * 4 * 4, 1024),  # [1024]; 4 is image_size / 32
+            # 4 is image_size, halved by five poolings.
+            nn.Linear(512 * 4 * 4, 1024),  # [1024]
             nn.ReLU(),
             nn.Linear(1024, 512),          # [512]
             nn.ReLU(),
@@ -100,25 +101,27 @@ class Classifier(nn.Module):
 
 
 def make_model(device):
-    """The network on its device. To train another one, change it here."""
+    """The network, on the device. To train another network, change this function."""
     model = Classifier()
-    # channels_last: the same numbers, in the order in memory that convolutions are fastest with.
+    # channels_last: an order of the numbers in memory with which convolutions are faster.
     return model.to(device, memory_format=torch.channels_last)
 
 
 # ---- Training (section 2.4) ------------------------------------------------------------------
 
 def train_epoch(model, train_loader, loss, optimizer, device, autocast, scaler, title=''):
-    """Trains the network once on every training image.
+    """Trains the network for one epoch (section 2.4). title is shown beside the progress bar.
 
-    Returns the accuracy and the mean loss per image, of the predictions made on the way.
-    autocast: the context to compute in. scaler: a GradScaler. title: of the progress bar.
+    autocast and scaler are for computing with 16 bits; with 32 bits they do nothing.
+    Returns the accuracy and the mean loss per image. (The book adds up the mean losses of the
+    batches, and divides by the number of images: its losses are about 1/128 of these.)
     """
     model.train()
-    # The sums stay on the device: to read them after every batch, the GPU would have to stop.
+    # These sums stay on the GPU. Reading a number from there makes Python wait until the GPU has
+    # computed it, so that is done once an epoch only.
     correct = torch.zeros((), device=device)
     loss_sum = torch.zeros((), device=device)
-    images = 0
+    image_count = 0
     for x, y in progress(train_loader, title):
         x = data.to_input(x, device)
         y = data.to_device(y, device)
@@ -126,83 +129,84 @@ def train_epoch(model, train_loader, loss, optimizer, device, autocast, scaler, 
         with autocast:
             train_pred = model(x)
             batch_loss = loss(train_pred, y)
-        # Without float16 the scaler does nothing: backward() and step(), as in the book.
+        # The book's batch_loss.backward() and optimizer.step(), by way of the scaler.
         scaler.scale(batch_loss).backward()
         scaler.step(optimizer)
         scaler.update()
         correct += (train_pred.argmax(1) == y).sum()
-        # batch_loss is a mean, and the last batch is smaller than the others.
+        # batch_loss is the mean of the batch, and the last batch may be smaller.
         loss_sum += batch_loss.detach() * len(y)
-        images += len(y)
-    return accuracy_and_loss(correct, loss_sum, images)
+        image_count += len(y)
+    return accuracy_and_loss(correct, loss_sum, image_count)
 
 
 @torch.no_grad()
 def evaluate(model, val_loader, device, autocast, title=''):
-    """Returns the accuracy and the mean cross-entropy per image on the validation images."""
+    """Returns the accuracy and the mean loss per image on the validation images (section 2.4).
+
+    The loss is the cross-entropy, also if the training uses another loss: so that runs can be
+    compared.
+    """
     model.eval()
     correct = torch.zeros((), device=device)
     loss_sum = torch.zeros((), device=device)
-    images = 0
+    image_count = 0
     for x, y in progress(val_loader, title):
         x = data.to_input(x, device)
         y = data.to_device(y, device)
         with autocast:
             val_pred = model(x)
-        # The plain cross-entropy, whatever loss the training uses: comparable between runs.
-        loss_sum += nn.functional.cross_entropy(val_pred.float(), y, reduction='sum')
+            batch_loss = nn.functional.cross_entropy(val_pred, y)
         correct += (val_pred.argmax(1) == y).sum()
-        images += len(y)
-    return accuracy_and_loss(correct, loss_sum, images)
+        loss_sum += batch_loss * len(y)
+        image_count += len(y)
+    return accuracy_and_loss(correct, loss_sum, image_count)
 
 
-def accuracy_and_loss(correct, loss_sum, images):
-    """Divides the sums by the number of images, over all processes that train together."""
-    sums = torch.stack([correct, loss_sum, torch.full_like(correct, images)])
+def accuracy_and_loss(correct, loss_sum, image_count):
+    """Divides the sums by the number of images; if several processes train, over all of them."""
+    totals = torch.stack([correct, loss_sum, torch.full_like(correct, image_count)])
     if distributed.is_initialized():
-        distributed.all_reduce(sums)
-    correct, loss_sum, images = sums.tolist()
-    return correct / images, loss_sum / images
+        # Adds up the totals of all processes, in each of them.
+        distributed.all_reduce(totals)
+    total_correct, total_loss, total_images = totals.tolist()
+    return total_correct / total_images, total_loss / total_images
 
 
-def train(model, train_loader, val_loader, loss, optimizer, device, autocast, scaler, run, rank):
-    """The book's loop: train, evaluate, print a line, save. A resumed run goes on where it was.
+def train(model, train_loader, val_loader, loss, optimizer, device, autocast, scaler, run):
+    """The book's loop: train, evaluate, print, save (section 2.4).
 
-    run: a Run. rank: the number of this process; only process 0 prints and saves.
-    Raises UserError if the loss is no longer finite.
+    run: a Run, whose history tells how many epochs have been trained before.
+    Raises UserError if the loss is not a finite number any more.
     """
     epochs = run.settings['epochs']
-    seed = run.settings['seed']
-    parallel_model = synchronized(model, device)
+    # The same network and weights; several processes share their gradients in it.
+    parallel_model = share_gradients(model, device)
     for epoch in range(len(run.history) + 1, epochs + 1):
         start_time = time.perf_counter()
         title = f'[{epoch:03d}/{epochs:03d}]'
-        # What is random in an epoch depends on the seed and the epoch only: a resumed run
-        # repeats it. The last line is for layers that draw, such as Dropout.
-        train_loader.sampler.set_epoch(epoch)
-        train_loader.dataset.set_epoch(epoch)
-        torch.manual_seed(seed + epoch)
-        # A learning-rate schedule goes here. Compute the rate from `epoch`, and it is right
-        # after a resume as well: optimizer.param_groups[0]['lr'] = ...
+        # All random numbers of an epoch depend on its number: a resumed run gets the same ones.
+        data.set_epoch(train_loader, epoch)
+        # Those of layers such as Dropout.
+        torch.manual_seed(run.settings['seed'] + epoch)
+        # This is the place for a learning-rate schedule: optimizer.param_groups[0]['lr'] = ...
+        # If it is computed from `epoch`, it is right in a resumed run as well.
 
         train_acc, train_loss = train_epoch(parallel_model, train_loader, loss, optimizer,
                                             device, autocast, scaler, title)
-        synchronize_buffers(model)
+        share_batch_norm(model)
         val_acc, val_loss = evaluate(model, val_loader, device, autocast, f'{title} validation')
 
         seconds = time.perf_counter() - start_time
-        if rank == 0:
+        # With several processes, only the main process (rank 0) prints.
+        if run.rank == 0:
             print(f'{title} {seconds:.2f} sec(s) Train Acc: {train_acc:.6f} '
                   f'Loss: {train_loss:.6f} | Val Acc: {val_acc:.6f} loss: {val_loss:.6f}',
                   flush=True)
-        if not math.isfinite(train_loss + val_loss):
-            raise UserError(f'epoch {epoch}: the loss is not a finite number; {run.saved()}. '
-                            'Start a new run with a lower --lr, or with --no-amp')
-        if rank == 0:
-            # Each row becomes a line of history.csv; columns may be added.
-            row = {'epoch': epoch, 'seconds': seconds, 'train_acc': train_acc,
-                   'train_loss': train_loss, 'val_acc': val_acc, 'val_loss': val_loss}
-            run.add_epoch(row, model, optimizer)
+        # A row of history.csv; more columns can be added.
+        row = {'epoch': epoch, 'seconds': seconds, 'train_acc': train_acc,
+               'train_loss': train_loss, 'val_acc': val_acc, 'val_loss': val_loss}
+        run.add_epoch(row, model, optimizer)
 
 
 # ---- The script ------------------------------------------------------------------------------
@@ -210,51 +214,51 @@ def train(model, train_loader, val_loader, loss, optimizer, device, autocast, sc
 def main():
     args = parse_arguments()
     if args.predict or args.dreams:
-        use_run(args)
+        predict_or_dream(args)
         return
 
     device = pick_device(args.device)
+    # rank: the number of this process, counted from 0; world_size: how many train together.
     rank, world_size = join_processes(device)
-    checkpoint = checkpoint_to_resume(args, rank)
-    settings = choose_settings(args, checkpoint, world_size)
-    batch_size = settings['batch_size']
-    seed = settings['seed']
+    run = Run(args.out, rank)
+    checkpoint = run.find_checkpoint(args.resume)
+    run.settings = choose_settings(args, checkpoint, world_size)
+    batch_size = run.settings['batch_size']
+    seed = run.settings['seed']
     workers = choose_workers(args.workers, device, batch_size)
-    dtype = fastest_dtype(device, settings['amp'])
-    autocast = computing_in(dtype, device)
-    # float16 gradients may be too small to be told from 0: the scaler makes them larger.
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if rank == 0:
-        print_machine(device, args.device, dtype, workers, world_size)
+        print_hardware(device, args.device, run.settings, workers, world_size)
 
+    # The data (section 2.2)
     if args.demo:
-        draw_demo_once(rank)
-    train_x, train_y, val_x, val_y = data.read_food11(settings['data_dir'])
+        make_demo_once()
+    train_x, train_y, val_x, val_y = data.read_food11(run.settings['data_dir'])
     train_set = data.ImgDataset(train_x, train_y, data.train_transform, seed)
-    # Each process evaluates every world_size-th validation image.
+    # Every process evaluates other images: every world_size-th, starting from number rank.
     val_set = data.ImgDataset(val_x[rank::world_size], val_y[rank::world_size],
                               data.test_transform)
-    train_loader, val_loader = data.make_loaders(train_set, val_set, batch_size, workers,
-                                                 device.type == 'cuda', rank, world_size, seed)
-    if device.type != 'cpu':
-        # The validation images are the same in every epoch: they stay on the GPU.
-        val_loader = [(x.to(device), y.to(device)) for x, y in val_loader]
+    train_loader, val_loader = data.make_loaders(
+        train_set, val_set, batch_size, workers=workers, pin_memory=device.type == 'cuda',
+        world_size=world_size, rank=rank, seed=seed)
+    val_batches = keep_on_gpu(val_loader, device)
 
+    # The network (section 2.3)
     torch.manual_seed(seed)
     model = make_model(device)
     loss = nn.CrossEntropyLoss()
-    # fused: on a GPU, all weights in a few kernels.
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings['lr'],
+    # fused: updates all weights at once, which is faster on a GPU.
+    optimizer = torch.optim.Adam(model.parameters(), lr=run.settings['lr'],
                                  fused=device.type == 'cuda')
-    run = Run(args.out, settings, checkpoint, rank)
     if checkpoint is not None:
         load_weights(model, checkpoint, run.folder / 'last.pt')
         load_optimizer(optimizer, checkpoint, run.folder / 'last.pt')
-    run.open()
 
-    speed_up(device, batch_size)
+    # The training (section 2.4)
+    autocast, scaler = mixed_precision(device, run.settings['no_amp'])
+    tune_pytorch(device, batch_size)
+    run.start()
     with explained_errors(run, device):
-        train(model, train_loader, val_loader, loss, optimizer, device, autocast, scaler, run, rank)
+        train(model, train_loader, val_batches, loss, optimizer, device, autocast, scaler, run)
         if rank == 0:
             report(run.folder, val_x, val_y, batch_size, device, autocast)
     if world_size > 1:
@@ -262,14 +266,16 @@ def main():
 
 
 # ----------------------------------------------------------------------------------------------
-# This was the book's chapter. What follows makes it fast, safe to leave alone, and of use
-# afterwards: command line, devices, processes, the run's folder, pictures, prediction, dreams.
+# The book's chapter ends here. The rest makes the script fast, safe to leave alone, and useful
+# after the training: command line, hardware, several processes, the run's folder, pictures,
+# prediction, dreams.
 # ----------------------------------------------------------------------------------------------
+
 
 # ---- Command line ----------------------------------------------------------------------------
 
 def parse_arguments():
-    """The command line. None stands for what was not given; choose_settings fills that in."""
+    """Reads the command line. Settings that are not given are None: see choose_settings."""
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     data.add_data_arguments(parser)
@@ -285,9 +291,9 @@ def parse_arguments():
                         f'(default: {learning_rate}; with --demo {demo["lr"]})')
     parser.add_argument('--seed', type=int, metavar='N',
                         help='the same seed gives the same numbers on the CPU (default: 0)')
-    parser.add_argument('--no-amp', dest='amp', action='store_const', const=False,
-                        help='compute in full precision (default: in bfloat16 or float16 where '
-                        'the hardware is faster in it)')
+    parser.add_argument('--no-amp', action='store_const', const=True,
+                        help='no automatic mixed precision: compute with 32 bits (default: with '
+                        '16 bits where the hardware is faster then)')
     parser.add_argument('--workers', type=int, metavar='N',
                         help='processes that prepare training batches; 0: the main process '
                         'does it (default: for a GPU the number of CPU cores minus 1, at most '
@@ -312,39 +318,41 @@ def parse_arguments():
               'seed': (0, 2**32 - 1), 'workers': (0, 1000)}
     for name, (low, high) in limits.items():
         value = getattr(args, name)
-        # "not": comparisons with nan are false
+        # Written with "not", so that nan is refused as well.
         if value is not None and not low <= value <= high:
-            option = name.replace('_', '-')
-            parser.error(f'argument --{option}: {value} is not in {low}..{high}')
+            parser.error(f'argument {option_of(name)}: {value} is not in {low}..{high}')
     if args.out is None and (args.resume or args.predict or args.dreams):
         parser.error('--resume, --predict and --dreams need the folder of a run: --out DIR')
+    if args.demo:
+        args.data_dir = data.demo_dir
     return args
 
 
-def choose_settings(args, checkpoint, world_size):
-    """The settings of a run: those of the checkpoint it continues, or the given ones, or defaults.
+def option_of(setting):
+    """The option for a setting: --batch-size for batch_size."""
+    return '--' + setting.replace('_', '-')
 
-    Raises UserError if a resumed run is given other settings, or if the batches cannot be divided
-    by the number of processes.
+
+def choose_settings(args, checkpoint, world_size):
+    """The settings of a run: what is given in args, else what the checkpoint has, else defaults.
+
+    checkpoint: that of the run to be continued, or None. Raises UserError if a run cannot be
+    continued with the given settings, or the processes cannot share the batches equally.
     """
-    settings = {'data_dir': data.data_dir, 'epochs': num_epoch, 'batch_size': data.batch_size,
-                'lr': learning_rate, 'seed': 0, 'amp': True}
+    defaults = {'data_dir': data.data_dir, 'epochs': num_epoch, 'batch_size': data.batch_size,
+                'lr': learning_rate, 'seed': 0, 'no_amp': False}
     if args.demo:
-        settings.update(DEMO_SETTINGS)
-        args.data_dir = data.demo_dir
-    given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
+        defaults.update(DEMO_SETTINGS)
+    given = {}
+    for name in defaults:
+        value = getattr(args, name)
+        if value is not None:
+            given[name] = value
+    saved = {}
     if checkpoint is not None:
-        settings = checkpoint['settings']
-        for name in ('batch_size', 'lr', 'seed', 'amp'):
-            if name in given and given[name] != settings[name]:
-                option = name.replace('_', '-')
-                raise UserError(f'{args.out} was trained with {option} {settings[name]} and cannot '
-                                f'continue with {given[name]}: leave the option out, or start '
-                                'a new run in another folder')
-    settings = {**settings, **given}
-    if checkpoint is not None and settings['epochs'] < len(checkpoint['history']):
-        raise UserError(f'{args.out} has {len(checkpoint["history"])} epochs already, more than '
-                        f'--epochs {settings["epochs"]}')
+        saved = checkpoint['settings']
+        refuse_other_settings(args.out, given, checkpoint)
+    settings = {**defaults, **saved, **given}
     if settings['batch_size'] % world_size != 0:
         raise UserError(f'{world_size} processes cannot share batches of {settings["batch_size"]} '
                         'images equally: give another --batch-size, or torchrun another '
@@ -352,137 +360,183 @@ def choose_settings(args, checkpoint, world_size):
     return settings
 
 
-# ---- Device and precision --------------------------------------------------------------------
+def refuse_other_settings(folder, given, checkpoint):
+    """Raises UserError if the given settings would change the training of the run in `folder`."""
+    saved = checkpoint['settings']
+    for name in ('batch_size', 'lr', 'seed', 'no_amp'):
+        if name in given and given[name] != saved[name]:
+            raise UserError(f'the run in {folder} has {option_of(name)} {saved[name]} and cannot '
+                            f'continue with {given[name]}: leave the option out, or start a new '
+                            'run in another folder')
+    trained = len(checkpoint['history'])
+    if given.get('epochs', trained) < trained:
+        raise UserError(f'the run in {folder} has trained {trained} epochs already, more than '
+                        f'--epochs {given["epochs"]}')
+
+
+# ---- Hardware --------------------------------------------------------------------------------
 
 def pick_device(name):
-    """The device called `name`; without a name CUDA, else another GPU, else the CPU.
+    """The device called `name`. If name is None: CUDA, else another kind of GPU, else the CPU.
 
-    Raises UserError if PyTorch cannot use it here.
+    Raises UserError if PyTorch cannot use the device here.
     """
     with_torchrun = distributed.is_torchelastic_launched()
     if name is None:
         name = 'cpu'
         if torch.accelerator.is_available():
             found = torch.accelerator.current_accelerator().type
-            # Several processes can train together on CUDA and on the CPU.
+            # On GPUs other than CUDA's, several processes cannot train together.
             if found == 'cuda' or not with_torchrun:
                 name = found
     if name == 'cuda' and with_torchrun:
-        # Each process of a machine has a GPU of its own.
+        # Each process of a machine gets a GPU of its own.
         name = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
         device = torch.device(name)
+        # Some devices fail only when they are to compute something.
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f'PyTorch {torch.__version__} cannot use the device {name} here: {reason}; '
-                        '--device cpu always works') from None
+        # PyTorch raises any of these, depending on the kind of device.
+        raise UserError(f'PyTorch {torch.__version__} cannot use the device {name} here: '
+                        f'{first_line(error)}; --device cpu always works') from None
     return device
 
 
-def print_machine(device, wanted, dtype, workers, world_size):
-    """Prints on stderr what the training will run on. wanted: what --device says, or None."""
-    text = str(device)
+def first_line(error):
+    """The first line of an error's message."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0]
+
+
+def print_hardware(device, wanted, settings, workers, world_size):
+    """Prints on stderr what the run is going to use. wanted: what --device says, or None."""
+    name = str(device)
     if device.type == 'cuda':
-        text = f'{device} ({torch.cuda.get_device_name(device)})'
-    elif device.type == 'cpu' and wanted is None:
-        text = 'cpu (PyTorch finds no GPU: see "GPU" in README.md)'
-    dtype_name = str(dtype).removeprefix('torch.')
-    print(f'device {text}, precision {dtype_name}, loader workers {workers}, '
-          f'processes {world_size}', file=sys.stderr)
+        name += f' ({torch.cuda.get_device_name(device)})'
+    if device.type == 'cpu' and wanted is None:
+        name += ' (PyTorch finds no GPU: see "GPU" in README.md)'
+    dtype = str(fastest_dtype(device, settings['no_amp'])).removeprefix('torch.')
+    print(f'device {name}, precision {dtype}, loader workers {workers}, processes {world_size}',
+          file=sys.stderr)
 
 
-def fastest_dtype(device, amp):
-    """The type of numbers to compute in: float32, or if amp is true, what the device is fast in."""
-    if amp and device.type == 'cuda':
-        major, _ = torch.cuda.get_device_capability(device)
-        if major >= 8:
+def fastest_dtype(device, no_amp):
+    """The type of numbers to compute with: float32, or a 16-bit type if that is faster."""
+    if no_amp:
+        return torch.float32
+    if device.type == 'cuda':
+        generation, _ = torch.cuda.get_device_capability(device)
+        # 8: Ampere (A100, RTX 30) and newer; 7: Volta and Turing (V100, T4, RTX 20).
+        if generation >= 8:
             return torch.bfloat16
-        if major == 7:
+        if generation == 7:
             return torch.float16
-    if amp and device.type == 'cpu':
-        # Other CPUs only emulate bfloat16, slowly.
+    if device.type == 'cpu':
+        # Only CPUs with these instructions are fast with bfloat16. PyTorch has no public name
+        # for the question.
         if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
             return torch.bfloat16
     return torch.float32
 
 
-def computing_in(dtype, device):
-    """The context in which the network computes in dtype, where that keeps its accuracy."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)
+def mixed_precision(device, no_amp):
+    """Automatic mixed precision (amp): the autocast and the scaler that train_epoch takes.
+
+    Inside autocast PyTorch computes with 16 bits wherever that does not harm the accuracy.
+    """
+    dtype = fastest_dtype(device, no_amp)
+    autocast = contextlib.nullcontext()
+    if dtype != torch.float32:
+        autocast = torch.autocast(device.type, dtype)
+    # float16 has no numbers as small as many gradients are. The scaler makes them larger, and
+    # undoes that before the step.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return autocast, scaler
 
 
 def available_cores():
-    """How many CPU cores this process may use, where torchrun's processes share a machine."""
+    """How many CPU cores this process may use, if all processes of the run share them."""
     cores = os.cpu_count()
     if hasattr(os, 'sched_getaffinity'):
         cores = len(os.sched_getaffinity(0))
-    return max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    processes_here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    return max(1, cores // processes_here)
 
 
 def choose_workers(wanted, device, batch_size):
-    """How many processes prepare the training batches: `wanted`, unless that is None."""
+    """How many worker processes prepare the training batches. wanted: what --workers says."""
     if wanted is not None:
         return wanted
     if device.type == 'cpu':
-        # Its cores are busy with the network.
+        # The cores are needed for the network.
         return 0
     workers = min(available_cores() - 1, 16)
     if sys.platform == 'win32':
-        # There each worker reserves gigabytes of the page file.
+        # On Windows each worker reserves gigabytes of the page file.
         workers = min(workers, 4)
     if os.path.isdir('/dev/shm'):
-        # Batches travel in shared memory, of which a container may have only 64 MB. Each worker
-        # has two batches ready and one in the making.
+        # Batches travel through shared memory, of which Docker gives 64 MB only. For each worker
+        # it must hold four: two that wait, one in the making, and one in use.
         batch_bytes = 3 * data.image_size ** 2 * batch_size
-        fitting = shutil.disk_usage('/dev/shm').free // (4 * batch_bytes)
-        if fitting < workers:
-            print(f'only {fitting} of {workers} workers, as /dev/shm is small: '
+        possible = shutil.disk_usage('/dev/shm').free // (4 * batch_bytes)
+        if possible < workers:
+            print(f'{possible} instead of {workers} loader workers, as /dev/shm is small: '
                   'docker run --shm-size 2g makes it larger', file=sys.stderr)
-            workers = fitting
+            workers = possible
     return workers
 
 
-def speed_up(device, batch_size):
-    """Settings of PyTorch and of the system that hold for the whole process."""
-    # cuDNN tries its algorithms at the first batches, and stays with the fastest.
+def keep_on_gpu(val_loader, device):
+    """The validation batches: on a GPU they stay there, as they are the same in every epoch."""
+    if device.type == 'cpu':
+        return val_loader
+    return [(x.to(device), y.to(device)) for x, y in val_loader]
+
+
+def tune_pytorch(device, batch_size):
+    """Settings that make the training faster. They are those of the whole process."""
+    # cuDNN tries several algorithms for each convolution, and then uses the fastest.
     torch.backends.cudnn.benchmark = True
     if device.type == 'cpu' and sys.platform == 'linux':
         keep_freed_memory(batch_size)
 
 
 def keep_freed_memory(batch_size):
-    """Lets Linux's malloc keep the memory that a training step frees, for the next step.
+    """Lets the C library keep the memory that a training step frees, for the next step.
 
-    Otherwise the system takes it back and clears it anew for every step, which takes up to 40% of
-    the time of training on the CPU. The process then needs up to 70% more memory, so this is done
-    only where the machine has plenty.
+    Otherwise Linux takes it back and fills it with zeros for every step anew: up to 40% of the
+    time of training on the CPU. With this, the process needs up to 70% more memory, so it is done
+    only where there is plenty.
     """
-    machine_bytes = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    # The limit of a container: a number, or "max".
-    limit = Path('/sys/fs/cgroup/memory.max')
-    if limit.exists() and limit.read_text().strip().isdecimal():
-        machine_bytes = min(machine_bytes, int(limit.read_text()))
-    # About twice what Classifier was seen to need: 50 MB for an image of 128 x 128 pixels.
-    needed_bytes = 6000 * data.image_size ** 2 * batch_size
-    libc = ctypes.CDLL(None)
-    if machine_bytes > needed_bytes and hasattr(libc, 'mallopt'):
-        # From malloc.h; see mallopt(3).
-        M_TRIM_THRESHOLD = -1
-        M_MMAP_MAX = -4
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
-        libc.mallopt(M_MMAP_MAX, 0)
+    memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')  # bytes
+    # A container may have less: the file holds a number of bytes, or "max".
+    container_limit = Path('/sys/fs/cgroup/memory.max')
+    if container_limit.exists():
+        text = container_limit.read_text().strip()
+        if text.isdecimal():
+            memory = min(memory, int(text))
+    # Twice what the training was seen to use for an image of a batch.
+    bytes_per_pixel = 6000
+    needed = bytes_per_pixel * data.image_size ** 2 * batch_size
+    c_library = ctypes.CDLL(None)
+    # Only the GNU C library has mallopt: see "man mallopt".
+    if memory < needed or not hasattr(c_library, 'mallopt'):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    # Do not return freed memory to the system ...
+    c_library.mallopt(M_TRIM_THRESHOLD, -1)
+    # ... and do not ask the system separately for each large block, which returns it when freed.
+    c_library.mallopt(M_MMAP_MAX, 0)
 
 
 # ---- Several processes, started by torchrun --------------------------------------------------
 
 def join_processes(device):
-    """Connects the processes that torchrun has started.
+    """Connects the processes that torchrun has started, so that they can train together.
 
-    Returns rank, the number of this process, and world_size, how many there are: without
-    torchrun 0 and 1.
+    Returns rank, the number of this process, and world_size, how many there are. Without
+    torchrun that is 0 and 1.
     """
     if not distributed.is_torchelastic_launched():
         return 0, 1
@@ -491,163 +545,209 @@ def join_processes(device):
         torch.cuda.set_device(device)
         backend = 'nccl'
     else:
-        # torchrun has set it to 1.
+        # torchrun has limited each process to one thread.
         torch.set_num_threads(available_cores())
+    # The store is where processes leave their addresses for each other.
     store, rank, world_size = next(distributed.rendezvous('env://'))
     if os.environ['GROUP_WORLD_SIZE'] == '1':
-        # After a restart (--max-restarts) torchrun's store still has the addresses of the dead
-        # processes: each attempt gets names of its own. (Several machines count differently.)
-        store = distributed.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
+        # On one machine torchrun can restart the processes (--max-restarts). The store still has
+        # the addresses of the dead ones then, so each attempt uses other names in it.
+        attempt = os.environ['TORCHELASTIC_RESTART_COUNT']
+        store = distributed.PrefixStore(attempt, store)
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return rank, world_size
 
 
 def broadcast(value):
-    """What `value` is in process 0, in every process."""
+    """Returns in every process the value that process 0 has given."""
     if not distributed.is_initialized():
         return value
     values = [value]
     try:
         distributed.broadcast_object_list(values)
     except RuntimeError as error:
-        raise UserError(another_ended(error)) from None
+        raise UserError(lost_process_message(error)) from None
     return values[0]
 
 
-def synchronized(model, device):
-    """The network for training: with several processes, one that averages their gradients."""
+def share_gradients(model, device):
+    """The network for training. With several processes, it averages the gradients of all."""
     if not distributed.is_initialized():
         return model
     if device.type == 'cuda':
-        # Batch norm takes the mean and variance of the images of all processes.
+        # Batch norm then uses the images of all processes for its mean and variance.
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return nn.parallel.DistributedDataParallel(model)
 
 
-def synchronize_buffers(model):
-    """Gives every process the batch norm statistics of process 0 (on the CPU they differ)."""
+def share_batch_norm(model):
+    """Gives all processes the batch norm statistics of process 0: on the CPU they differ."""
     if distributed.is_initialized():
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)
 
 
 def progress(batches, title):
-    """The batches, with a progress bar if stderr is a terminal and this is process 0."""
-    hidden = None  # tqdm then looks whether stderr is a terminal
+    """The batches, with a progress bar on a terminal. Only process 0 shows it."""
+    # For tqdm None means: hidden unless stderr is a terminal.
+    hidden = None
     if distributed.is_initialized() and distributed.get_rank() > 0:
         hidden = True
     return tqdm(batches, title, unit='batch', leave=False, disable=hidden)
 
 
-def draw_demo_once(rank):
-    """Draws the demo's photographs in one process of each machine; the others wait for it."""
+def make_demo_once():
+    """Makes the photographs of the demo: one process of each machine does, the others wait."""
     if int(os.environ.get('LOCAL_RANK', 0)) == 0:
-        data.draw_demo()
+        data.make_demo()
     if distributed.is_initialized():
         distributed.barrier()
 
 
-def another_ended(error):
-    """The message for a broken connection between the processes."""
-    reason = str(error).strip().splitlines()[-1]
-    return ('another process of this run has ended, or cannot be reached, and so this one ends '
-            f'({reason}); continue with --out and --resume')
+def lost_process_message(error):
+    """What to tell the user if the connection to another process is lost."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return (f'another process has ended or cannot be reached, so this one ends as well '
+            f'({lines[-1]}); continue with --out and --resume')
 
 
 # ---- The run's folder ------------------------------------------------------------------------
 
 class Run:
-    """A run's folder, with its settings and its history so far. Only process 0 writes into it.
+    """A run: its folder, its settings, and its history. Only process 0 writes into the folder.
 
-    folder: a Path. history: a dictionary for each epoch. rank: the number of this process.
+    folder: a Path, or None until start() has chosen one.
+    rank: the number of this process.
+    settings: a dictionary, see choose_settings. It must be set before start().
+    history: a dictionary of results for each epoch that has been trained.
     """
 
-    def __init__(self, out, settings, checkpoint, rank):
+    def __init__(self, out, rank):
         self.folder = None
         if out is not None:
             self.folder = Path(out)
-        self.settings = settings
         self.rank = rank
+        self.settings = {}
         self.history = []
+        self.lock = None
+        # The best validation accuracy so far, and its weights until they are written.
+        self.best_acc = -1.0
+        self.best_checkpoint = None
+        # When last.pt was written.
+        self.saved_time = time.monotonic()
+
+    def find_checkpoint(self, resume):
+        """Returns, in every process, the checkpoint to continue from, or None for a new run.
+
+        Raises UserError if there are files in the folder but `resume` is false, if another
+        process uses the folder, or if a checkpoint in it cannot be used.
+        """
+        checkpoint = None
+        if self.rank == 0 and self.folder is not None and self.folder.exists():
+            files = [file.name for file in self.folder.iterdir() if file.name != '.lock']
+            if files and not resume:
+                raise UserError(f'{self.folder} already holds files: continue the run in it with '
+                                '--resume, or choose another --out')
+            if 'last.pt' in files:
+                self.lock_folder()
+                checkpoint = load_checkpoint(self.folder / 'last.pt')
+                if 'optimizer' not in checkpoint:
+                    raise UserError(f'{self.folder / "last.pt"} is incompatible: it holds weights '
+                                    'only, as best.pt does')
+                # The report at the end needs this file. Checked now, not after hours of training.
+                load_checkpoint(self.folder / 'best.pt')
+        checkpoint = broadcast(checkpoint)
         if checkpoint is not None:
             self.history = checkpoint['history']
-        self.saved_epochs = len(self.history)
-        self.saved_at = time.monotonic()
-        self.best_acc = max((row['val_acc'] for row in self.history), default=-1)
-        self.best_checkpoint = None
+            self.best_acc = max(row['val_acc'] for row in self.history)
+        return checkpoint
 
-    def open(self):
-        """Makes the folder if need be, and keeps other runs out of it until this process ends."""
-        if self.rank == 0:
-            self.open_folder()
-        self.folder = broadcast(self.folder)
-
-    def open_folder(self):
-        if self.folder is None:
-            self.folder = next_free_folder()
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def lock_folder(self):
+        """Keeps other runs out of the folder until this process ends."""
         self.lock = FileLock(self.folder / '.lock')
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f'{self.folder} is in use by another run: wait until that has ended, '
                             'or choose another --out') from None
-        # For people to read; nothing reads it back.
-        write_text(self.folder / 'settings.json', json.dumps(self.settings, indent=1) + '\n')
-        message = f'the folder of the run is {self.folder}'
-        if self.history:
-            message = f'resumed from epoch {len(self.history)} in {self.folder}'
-            # A run that was killed just after it had written last.pt lacks its last lines.
-            self.write_history()
-        print(message, file=sys.stderr)
+
+    def start(self):
+        """Makes the folder of a new run, or gets that of a continued one ready."""
+        if self.rank == 0:
+            if self.folder is None:
+                self.folder = next_free_folder()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.lock is None:
+                self.lock_folder()
+            # For people to read. The script itself keeps the settings in last.pt.
+            write_text(self.folder / 'settings.json', json.dumps(self.settings, indent=1) + '\n')
+            if self.history:
+                print(f'resumed from epoch {len(self.history)} in {self.folder}', file=sys.stderr)
+                # If the run was killed right after last.pt was written, these files are older.
+                self.write_history()
+            else:
+                print(f'the folder of the run is {self.folder}', file=sys.stderr)
+        self.folder = broadcast(self.folder)
 
     def add_epoch(self, row, model, optimizer):
-        """Takes the results of an epoch, and saves the run if it is time to."""
+        """Adds the results of an epoch to the history, and saves the run if it is time for that.
+
+        Raises UserError if the loss is not finite.
+        """
+        if not math.isfinite(row['train_loss'] + row['val_loss']):
+            raise UserError(f'epoch {row["epoch"]}: the loss is not a finite number; '
+                            f'{self.describe_saved()}. Start a new run with a lower --lr, or with '
+                            '--no-amp')
         self.history.append(row)
+        if self.rank > 0:
+            return
         if row['val_acc'] > self.best_acc:
             self.best_acc = row['val_acc']
-            self.best_checkpoint = copy.deepcopy(weights_of(model))
-        # On a fast GPU an epoch takes no longer than writing a checkpoint: not every epoch then.
-        # Now is the time if the end of the next epoch would be too late.
-        next_end = time.monotonic() + row['seconds']
+            self.best_checkpoint = copy.deepcopy(weights_checkpoint(model))
+        # Saving can take as long as an epoch on a fast GPU, so not every epoch is saved: only if
+        # after the next one more than save_seconds would have passed.
+        seconds_then = time.monotonic() + row['seconds'] - self.saved_time
         finished = len(self.history) == self.settings['epochs']
-        if finished or next_end - self.saved_at > save_seconds:
+        if finished or seconds_then > save_seconds:
             self.save(model, optimizer)
 
     def save(self, model, optimizer):
         """Writes best.pt, last.pt, history.csv and curves.png."""
-        # best.pt first: a run that is killed after it finds the same weights again on its way.
+        # best.pt first. If the run is killed before last.pt is written, it is continued from an
+        # earlier epoch, and finds the same best weights again.
         if self.best_checkpoint is not None:
-            written = write_checkpoint(self.folder / 'best.pt', self.best_checkpoint)
-            if written:
+            if write_checkpoint(self.folder / 'best.pt', self.best_checkpoint):
                 self.best_checkpoint = None
-        checkpoint = {**weights_of(model), 'optimizer_class': type(optimizer).__name__,
-                      'optimizer': optimizer.state_dict(), 'settings': self.settings,
-                      'history': self.history}
-        if write_checkpoint(self.folder / 'last.pt', checkpoint):
-            self.saved_epochs = len(self.history)
-        self.saved_at = time.monotonic()
+        checkpoint = weights_checkpoint(model)
+        checkpoint['optimizer_class'] = type(optimizer).__name__
+        checkpoint['optimizer'] = optimizer.state_dict()
+        checkpoint['settings'] = self.settings
+        checkpoint['history'] = self.history
+        write_checkpoint(self.folder / 'last.pt', checkpoint)
+        self.saved_time = time.monotonic()
         self.write_history()
 
     def write_history(self):
         """Writes history.csv and curves.png."""
         text = io.StringIO()
-        # The epochs of an older version of the script may lack a column.
-        columns = list(self.history[-1])
-        table = csv.DictWriter(text, columns, restval='', extrasaction='ignore',
-                               lineterminator='\n')
+        # Epochs that an older version of the script has trained may lack a column, or have more.
+        table = csv.DictWriter(text, fieldnames=list(self.history[-1]), restval='',
+                               extrasaction='ignore', lineterminator='\n')
         table.writeheader()
         table.writerows(self.history)
         write_text(self.folder / 'history.csv', text.getvalue())
         write(self.folder / 'curves.png', draw_curves(self.history).savefig)
 
-    def saved(self):
-        """What the folder holds to continue from, in words."""
+    def describe_saved(self):
+        """Says what the folder holds that the run can be continued from."""
         if self.rank > 0:
-            return 'what is saved, process 0 says'
-        if self.saved_epochs == 0:
+            return 'see the message of process 0 for what is saved'
+        path = self.folder / 'last.pt'
+        if not path.exists():
             return f'{self.folder} holds no checkpoint yet'
-        return f'{self.folder} holds the state after epoch {self.saved_epochs}'
+        # mmap: does not read the weights.
+        saved = torch.load(path, weights_only=True, map_location='cpu', mmap=True)
+        return f'{self.folder} holds the state after epoch {len(saved["history"])}'
 
 
 def next_free_folder():
@@ -661,20 +761,50 @@ def next_free_folder():
         return folder
 
 
-def write(path, save):
-    """Makes `path` what `save(file)` writes: completely, or not at all.
+@contextlib.contextmanager
+def explained_errors(run, device):
+    """If the training in the with-block is ended from outside, says why, and how to continue."""
+    resume = f'continue with python chapter2_2_train.py --out "{run.folder}" --resume'
+    try:
+        yield
+    except KeyboardInterrupt:
+        if run.rank == 0:
+            print(f'interrupted: {run.describe_saved()}; {resume}', file=sys.stderr)
+        sys.exit(130)  # the usual status after Ctrl-C
+    except RuntimeError as error:
+        # PyTorch raises RuntimeError for all of these. Only the text tells them apart.
+        text = str(error)
+        if 'tried to allocate' in text.lower():
+            raise UserError(f'{device} has too little memory for batches of '
+                            f'{run.settings["batch_size"]} images: start a new run with a smaller '
+                            '--batch-size') from None
+        if text.startswith('DataLoader worker (pid') or 'shared memory' in text:
+            raise UserError('a worker process has died for lack of memory, or of shared memory '
+                            '(docker run --shm-size 2g helps then): '
+                            f'{run.describe_saved()}; {resume}, and with --workers 0 if it '
+                            'happens again') from None
+        if isinstance(error, distributed.DistError) or 'gloo' in text:
+            raise UserError(lost_process_message(error)) from None
+        raise
 
-    Returns False if another program holds `path` open, which Windows does not let be replaced.
-    Raises UserError if the disk is full, say; the old file is left as it was.
+
+# ---- Files -----------------------------------------------------------------------------------
+
+def write(path, write_content):
+    """Writes a file in such a way that it is complete, or else as it was before.
+
+    write_content: a function that writes the content into an open file.
+    Returns False if Windows does not allow to replace the file, as another program uses it.
+    Raises UserError if the file cannot be written, for example because the disk is full.
     """
-    # First into memory: what torch.save raises on a full disk does not say so.
+    # Into memory first: torch.save has no clear error for a full disk.
     content = io.BytesIO()
-    save(content)
+    write_content(content)
     temporary = path.with_name(path.name + '.tmp')
     try:
         with open(temporary, 'wb') as file:
             file.write(content.getbuffer())
-            # Onto the disk before it replaces the old file: the power may fail.
+            # The content must be on the disk before the old file goes: the power may fail.
             file.flush()
             os.fsync(file.fileno())
         replaced = replace(temporary, path)
@@ -689,7 +819,10 @@ def write(path, save):
 
 
 def replace(source, target):
-    """os.replace that waits up to two seconds for programs that hold the target open (Windows)."""
+    """Like os.replace, but if another program uses the target (on Windows), waits two seconds.
+
+    Returns False if that did not help.
+    """
     for _ in range(20):
         try:
             os.replace(source, target)
@@ -700,69 +833,52 @@ def replace(source, target):
 
 
 def write_text(path, text):
+    """Writes a text file, as `write` does."""
     return write(path, lambda file: file.write(text.encode()))
 
 
 def write_checkpoint(path, checkpoint):
+    """Writes a checkpoint, as `write` does."""
     return write(path, lambda file: torch.save(checkpoint, file))
 
 
-def weights_of(model):
-    """The part of a checkpoint that --predict needs: the weights, and what they were made for."""
-    return {'model': model.state_dict(), 'made_for': what_a_model_is_made_for(model)}
+def weights_checkpoint(model):
+    """A checkpoint that --predict can use: the weights, and what they belong to."""
+    return {'model': model.state_dict(), 'belongs_to': identity(model)}
 
 
-def what_a_model_is_made_for(model):
-    """What must be the same when a checkpoint is used again, apart from the weights' shapes."""
-    # The address of a function in memory differs between two runs of a program.
+def identity(model):
+    """What the weights of a network belong to. With anything else they would be useless."""
+    # The text of a transform may contain the address of a function in memory, which is another
+    # one each time the script runs.
     test_transform = re.sub(' at 0x[0-9a-fA-F]+', '', str(data.test_transform))
     return {'network': type(model).__name__, 'CLASSES': list(data.CLASSES),
             'image_size': data.image_size, 'test_transform': test_transform}
 
 
-def checkpoint_to_resume(args, rank):
-    """The checkpoint of the run that --resume continues, in every process; None for a new run.
-
-    Raises UserError if --out holds files and --resume is not given, or a checkpoint is corrupt.
-    """
-    checkpoint = None
-    if rank == 0 and args.out is not None:
-        folder = Path(args.out)
-        if not args.resume and folder.exists():
-            if any(file.name != '.lock' for file in folder.iterdir()):
-                raise UserError(f'{folder} already holds files: continue the run in it with '
-                                '--resume, or choose another --out')
-        if args.resume and (folder / 'last.pt').exists():
-            checkpoint = load_checkpoint(folder / 'last.pt')
-            if 'optimizer' not in checkpoint:
-                raise UserError(f'{folder / "last.pt"} is incompatible: it holds only weights')
-            # The final report needs it: better to know now than in the morning.
-            load_checkpoint(folder / 'best.pt')
-    return broadcast(checkpoint)
-
-
 def load_checkpoint(path):
-    """Reads a checkpoint into the CPU's memory. Nothing that is in it gets executed.
+    """Reads a checkpoint into the CPU's memory. Program code in it is not executed.
 
     Raises UserError if it is missing, corrupt, or not a checkpoint of this script.
     """
     if not path.exists():
         raise UserError(f'there is no {path}: --out must name the folder of a run that has saved '
                         'a checkpoint')
-    # What zipfile and torch.load were seen to raise for files with flipped bits.
-    corrupt_file_errors = (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError,
-                           RuntimeError, ValueError, EOFError, OSError)
+    # What zipfile and torch.load raise when bits of a file are wrong.
+    errors_of_corrupt_files = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError,
+                               pickle.UnpicklingError, ValueError, EOFError, OSError)
     with open(path, 'rb') as file:
         try:
-            # PyTorch writes a checksum of each tensor, but does not check it.
-            intact = zipfile.ZipFile(file).testzip() is None
+            # A checkpoint is a zip file, with checksums that PyTorch does not check.
+            corrupt_part = zipfile.ZipFile(file).testzip()
             file.seek(0)
             checkpoint = torch.load(file, weights_only=True, map_location='cpu')
-        except corrupt_file_errors:
-            intact = False
-    if not intact:
-        raise UserError(f'{path} is corrupt, or not a checkpoint; nothing in it was executed')
-    if not isinstance(checkpoint, dict) or not {'model', 'made_for'} <= checkpoint.keys():
+        except errors_of_corrupt_files as error:
+            corrupt_part = type(error).__name__
+    if corrupt_part is not None:
+        raise UserError(f'{path} is corrupt, or not a checkpoint ({corrupt_part}); '
+                        'nothing in it was executed')
+    if not isinstance(checkpoint, dict) or not {'model', 'belongs_to'} <= checkpoint.keys():
         raise UserError(f'{path} is incompatible: not a checkpoint of this version of the script')
     return checkpoint
 
@@ -770,29 +886,28 @@ def load_checkpoint(path):
 def load_weights(model, checkpoint, path):
     """Puts the weights of a checkpoint into the network.
 
-    Raises UserError if they were made for another network, other classes or images.
+    Raises UserError if they belong to another network, other classes or other images.
     """
-    for name, now in what_a_model_is_made_for(model).items():
-        then = checkpoint['made_for'].get(name)
+    for name, now in identity(model).items():
+        then = checkpoint['belongs_to'].get(name)
         if then != now:
-            raise UserError(f'{path} is incompatible: it was made for {name} {then}, '
-                            f'but the scripts have {now}')
+            raise UserError(f'{path} is incompatible: its {name} was {then}, now it is {now}')
     try:
         model.load_state_dict(checkpoint['model'])
     except RuntimeError:
-        raise UserError(f'{path} is incompatible: its weights do not fit the network '
-                        f'{type(model).__name__} as it is in the script') from None
+        raise UserError(f'{path} is incompatible: its weights have other names or shapes than '
+                        f'those of the network {type(model).__name__} now') from None
 
 
 def load_optimizer(optimizer, checkpoint, path):
-    """Restores what the optimizer has computed; its options are those of the code.
+    """Restores what Adam knows about earlier gradients.
 
-    Raises UserError if the checkpoint is of another optimizer.
+    Its options, such as weight decay, remain those of the script, so that they can be changed.
+    Raises UserError if the checkpoint belongs to another optimizer.
     """
-    then = checkpoint['optimizer_class']
-    if then != type(optimizer).__name__:
-        raise UserError(f'{path} is incompatible: it was trained with {then}, the script has '
-                        f'{type(optimizer).__name__}')
+    then, now = checkpoint['optimizer_class'], type(optimizer).__name__
+    if then != now:
+        raise UserError(f'{path} is incompatible: its optimizer was {then}, now it is {now}')
     state_dict = optimizer.state_dict()
     state_dict['state'] = checkpoint['optimizer']['state']
     optimizer.load_state_dict(state_dict)
@@ -803,31 +918,6 @@ def load_model(path, device):
     model = make_model(device)
     load_weights(model, load_checkpoint(path), path)
     return model
-
-
-@contextlib.contextmanager
-def explained_errors(run, device):
-    """Says in one line what ended the training from outside, what is saved, and what to do."""
-    resume = f'continue with python chapter2_2_train.py --out "{run.folder}" --resume'
-    try:
-        yield
-    except KeyboardInterrupt:
-        if run.rank == 0:
-            print(f'interrupted: {run.saved()}; {resume}', file=sys.stderr)
-        sys.exit(130)
-    except RuntimeError as error:
-        text = str(error)
-        if 'tried to allocate' in text.lower():
-            raise UserError(f'{device} has too little memory for batches of '
-                            f'{run.settings["batch_size"]} images: start a new run with a smaller '
-                            '--batch-size') from None
-        if text.startswith('DataLoader worker (pid'):
-            raise UserError('a worker process has died, perhaps for lack of memory, or of shared '
-                            f'memory (docker run --shm-size 2g): {run.saved()}; {resume}, '
-                            'and --workers 0 if it dies again') from None
-        if isinstance(error, distributed.DistError) or 'gloo' in text:
-            raise UserError(another_ended(error)) from None
-        raise
 
 
 # ---- Pictures --------------------------------------------------------------------------------
@@ -850,6 +940,7 @@ def draw_curves(history):
 
 
 def draw_curve(axes, history, name, title):
+    """One half of curves.png; name: 'acc' or 'loss'."""
     epochs = [row['epoch'] for row in history]
     best = max(history, key=lambda row: row['val_acc'])
     best_value = best[f'val_{name}']
@@ -869,12 +960,13 @@ def draw_curve(axes, history, name, title):
 def draw_confusion(counts):
     """confusion.png from counts (11, 11): a row for each true class, a column for each predicted.
 
-    Each cell has a number of images, and its share of the images of the true class.
+    Each cell shows a number of images, and its share of all images of the true class.
     """
     figure = new_figure(9, 8.5)
     axes = figure.subplots()
     totals = counts.sum(1)
-    shares = counts / totals.clip(1)[:, None]
+    # Each row is divided by its total; a class without images by 1 instead of 0.
+    shares = counts / np.maximum(totals, 1)[:, np.newaxis]
     axes.imshow(shares, 'Blues', vmin=0, vmax=1)
     centered = {'ha': 'center', 'va': 'center', 'fontsize': 8}
     for true, predicted in np.argwhere(counts > 0):
@@ -897,7 +989,7 @@ def draw_confusion(counts):
 
 
 def draw_images(images, titles, columns, heading):
-    """Images (N, 128, 128, 3), BGR, uint8 or float in 0..1, in rows under their titles."""
+    """Images (N, 128, 128, 3), BGR, uint8 or float in 0..1, in rows, with their titles."""
     rows = max(1, math.ceil(len(images) / columns))
     figure = new_figure(1.5 * columns, 2 * rows + 0.5)
     figure.suptitle(heading)
@@ -911,11 +1003,12 @@ def draw_images(images, titles, columns, heading):
 
 
 def draw_mistakes(val_x, val_y, probabilities):
-    """mistakes.png: the 24 wrong predictions that the network is most confident of."""
+    """mistakes.png: the 24 wrong predictions with the highest probabilities."""
     predicted = probabilities.argmax(1)
     confidence = probabilities.max(1)
     wrong = np.flatnonzero(predicted != val_y)
-    wrong = wrong[np.argsort(-confidence[wrong], kind='stable')][:24]
+    most_confident_first = np.argsort(-confidence[wrong], kind='stable')
+    wrong = wrong[most_confident_first][:24]
     titles = [f'{data.CLASSES[val_y[i]]}\npredicted:\n{data.CLASSES[predicted[i]]} '
               f'{confidence[i]:.0%}' for i in wrong]
     heading = 'the most confident mistakes on the validation images'
@@ -924,37 +1017,40 @@ def draw_mistakes(val_x, val_y, probabilities):
     return draw_images(val_x[wrong], titles, 8, heading)
 
 
-# ---- Prediction ------------------------------------------------------------------------------
+# ---- Evaluation of a finished run, and prediction --------------------------------------------
+
+def report(folder, val_x, val_y, batch_size, device, autocast):
+    """Evaluates the best weights of the run in `folder` on the validation images.
+
+    Prints the accuracy of each class, and writes confusion.png and mistakes.png.
+    """
+    model = load_model(folder / 'best.pt', device)
+    probabilities = predict_probabilities(model, val_x, batch_size, device, autocast)
+    counts = np.zeros((len(data.CLASSES), len(data.CLASSES)), dtype=int)
+    for true, predicted in zip(val_y, probabilities.argmax(1)):
+        counts[true, predicted] += 1
+    print_accuracies(counts)
+    write(folder / 'confusion.png', draw_confusion(counts).savefig)
+    write(folder / 'mistakes.png', draw_mistakes(val_x, val_y, probabilities).savefig)
+
 
 @torch.no_grad()
-def predict_probabilities(model, x, images_per_step, device, autocast):
+def predict_probabilities(model, x, batch_size, device, autocast):
     """Softmax probabilities, float32 (N, 11), of images x, uint8 (N, 128, 128, 3), BGR."""
     model.eval()
     dataset = data.ImgDataset(x, transform=data.test_transform)
+    # An empty start, so that the result has 11 columns even if there are no images.
     probabilities = [torch.zeros(0, len(data.CLASSES))]
-    for images in DataLoader(dataset, batch_size=images_per_step):
+    for images in DataLoader(dataset, batch_size=batch_size):
         with autocast:
             scores = model(data.to_input(images, device))
         probabilities.append(scores.float().softmax(1).cpu())
     return torch.cat(probabilities).numpy()
 
 
-def report(folder, val_x, val_y, images_per_step, device, autocast):
-    """What the best weights of the run in `folder` make of the validation images.
-
-    Prints the accuracy of each class, and writes confusion.png and mistakes.png.
-    """
-    model = load_model(folder / 'best.pt', device)
-    probabilities = predict_probabilities(model, val_x, images_per_step, device, autocast)
-    counts = np.zeros((len(data.CLASSES), len(data.CLASSES)), dtype=int)
-    np.add.at(counts, (val_y, probabilities.argmax(1)), 1)
-    print_accuracies(counts)
-    write(folder / 'confusion.png', draw_confusion(counts).savefig)
-    write(folder / 'mistakes.png', draw_mistakes(val_x, val_y, probabilities).savefig)
-
-
 def print_accuracies(counts):
-    """Prints a table from counts (11, 11): a row for each true class, a column per prediction."""
+    """Prints a table from counts (11, 11): a row for each true class, a column for each predicted.
+    """
     print(f'{"with the best weights":<22} {"images":>6} {"right":>6} {"accuracy":>8}')
     for label, name in enumerate(data.CLASSES):
         total = counts[label].sum()
@@ -968,8 +1064,8 @@ def print_accuracies(counts):
     print(f'{"total":<22} {total:>6} {right:>6} {right / total:>8.1%}', flush=True)
 
 
-def use_run(args):
-    """Does what --dreams and --predict ask for, with a checkpoint of the run in --out."""
+def predict_or_dream(args):
+    """Does what --predict and --dreams ask for, with a checkpoint of the run in --out."""
     # If torchrun has started several processes, the first one does it.
     if int(os.environ.get('RANK', 0)) > 0:
         return
@@ -980,47 +1076,60 @@ def use_run(args):
         write(folder / 'dreams.png', draw_dreams(model, device).savefig)
         print(f'picture written to {folder / "dreams.png"}')
     if args.predict:
-        full_precision = args.amp is False
-        autocast = computing_in(fastest_dtype(device, not full_precision), device)
-        all_read = predict(args.predict, model, folder, device, autocast)
-        if not all_read:
+        autocast, _ = mixed_precision(device, args.no_amp)
+        all_readable = predict(args.predict, model, folder, device, autocast)
+        if not all_readable:
             sys.exit(1)
 
 
 def predict(paths, model, run_folder, device, autocast):
-    """Predicts photographs, and all photographs of a folder.
+    """Predicts the classes of photographs; of a folder those of all photographs in it.
 
-    Returns whether all of them could be read; those that could not are named on stderr.
+    Returns whether all of them could be read. Those that could not are named on stderr.
     """
     if sum(os.path.isdir(path) for path in paths) > 1:
         raise UserError('--predict takes one folder at a time, as predict.csv is one table')
-    all_read = True
+    all_readable = True
     for path in map(Path, paths):
         image_files = [path]
         if path.is_dir():
             image_files = data.list_images(path)
-        x, bad_files = data.read_images(image_files)
-        for file, reason in sorted(bad_files.items()):
-            print(f'{file}: {reason}', file=sys.stderr)
-            all_read = False
-        readable = [i for i, file in enumerate(image_files) if file not in bad_files]
-        read_files = [image_files[i] for i in readable]
-        probabilities = predict_probabilities(model, x[readable], data.batch_size, device, autocast)
+        x, readable = read_readable(image_files)
+        all_readable = all_readable and len(readable) == len(image_files)
+        probabilities = predict_probabilities(model, x, data.batch_size, device, autocast)
         if path.is_dir():
-            write_predictions(run_folder / 'predict.csv', path, read_files, probabilities)
-            print(f'{path}: {len(read_files)} of {len(image_files)} photographs predicted, '
+            write_predictions(run_folder / 'predict.csv', path, readable, probabilities)
+            print(f'{path}: {len(readable)} of {len(image_files)} photographs predicted, '
                   f'in {run_folder / "predict.csv"}')
-        elif read_files:
-            print(f'{path}: {likeliest(probabilities[0])}')
-    return all_read
+        elif readable:
+            print(f'{path}: {three_likeliest(probabilities[0])}')
+    return all_readable
 
 
-def likeliest(probabilities):
-    """The three likeliest classes of a photograph, in words, from its probabilities (11,)."""
-    top = torch.from_numpy(probabilities).topk(min(3, len(data.CLASSES)))
-    names = [f'{data.CLASSES[label]} {probability:.1%}'
-             for probability, label in zip(top.values.tolist(), top.indices.tolist())]
-    return ', '.join(names)
+def read_readable(image_files):
+    """Reads photographs, and names those that cannot be read on stderr.
+
+    Returns x, uint8 (N, 128, 128, 3), BGR, and the list of the N files that could be read.
+    """
+    images = {}
+
+    def read(i):
+        images[i] = data.read_image(image_files[i])
+
+    failures = data.on_all_cores(read, image_files)
+    for file, reason in sorted(failures.items()):
+        print(f'{file}: {reason}', file=sys.stderr)
+    readable = sorted(images)
+    x = np.zeros((len(readable), data.image_size, data.image_size, 3), dtype=np.uint8)
+    for row, i in enumerate(readable):
+        x[row] = images[i]
+    return x, [image_files[i] for i in readable]
+
+
+def three_likeliest(probabilities):
+    """The three likeliest classes as a text, from the probabilities (11,) of a photograph."""
+    labels = np.argsort(-probabilities)[:3]
+    return ', '.join(f'{data.CLASSES[label]} {probabilities[label]:.1%}' for label in labels)
 
 
 def write_predictions(path, folder, image_files, probabilities):
@@ -1028,12 +1137,11 @@ def write_predictions(path, folder, image_files, probabilities):
     text = io.StringIO()
     table = csv.writer(text, lineterminator='\n')
     table.writerow(['Id', 'Category'])
-    for id_, label in zip(ids_of(folder, image_files), probabilities.argmax(1)):
-        table.writerow([id_, label])
+    table.writerows(zip(photograph_ids(folder, image_files), probabilities.argmax(1)))
     write_text(path, text.getvalue())
 
 
-def ids_of(folder, image_files):
+def photograph_ids(folder, image_files):
     """For each photograph the number that is its name (12 for 0012.jpg), else its whole name."""
     names = [file.relative_to(folder).as_posix() for file in image_files]
     ids = []
@@ -1044,7 +1152,7 @@ def ids_of(folder, image_files):
         else:
             ids.append(name)
     if len(set(ids)) < len(ids):
-        # 1.jpg and 01.jpg, say: their names tell them apart.
+        # Two photographs have the same number, such as 1.jpg and 01.jpg. Their names differ.
         return names
     return ids
 
@@ -1052,46 +1160,51 @@ def ids_of(folder, image_files):
 # ---- Dreams (section 1.2) --------------------------------------------------------------------
 
 def draw_dreams(model, device):
-    """dreams.png: for each class the image that dream finds, and how sure the network is of it."""
+    """dreams.png: for each class the image that dream finds, and its probability."""
     images, probabilities = dream(model, device)
     titles = [f'{name}\n{y:.1%}' for name, y in zip(data.CLASSES, probabilities)]
     return draw_images(images, titles, 6, 'what the classes look like to the network')
 
 
 def dream(model, device, steps=100):
-    """Gradient ascent on the input (section 1.2): for each class i, an image x with a large
-    y_i - c * sum |x| (formula 1.2.2; with c = 0 it is 1.2.1).
+    """Gradient ascent on the input (section 1.2): for each class an image that it looks like.
 
+    For class i, the image x should make y_i - c * sum |x| large (formula 1.2.2; with c = 0 it is
+    formula 1.2.1), where y_i is the probability of the class.
     Returns the images, float (11, 128, 128, 3), BGR in 0..1, and their probabilities y_i (11,).
-    The images are what the network takes as input: after test_transform. Should that end in
-    Normalize, they are normalized images, and their colours are not those of photographs.
+
+    The images are what the network takes as input, after test_transform. If that ends with
+    Normalize, the images are normalized too: their colours are not those of photographs.
     """
+    # The numbers below were chosen by eye.
+    c = 1e-4
+    max_shift = 8  # pixels
     model.eval().requires_grad_(False)
     torch.manual_seed(0)
-    size = data.image_size
-    classes = torch.arange(len(data.CLASSES), device=device)
-    # Grey, with some noise.
-    x = 0.4 + 0.1 * torch.rand(len(classes), 3, size, size)
+    classes = len(data.CLASSES)
+    # Grey with a little noise, one image for each class.
+    x = 0.4 + 0.1 * torch.rand(classes, 3, data.image_size, data.image_size)
     x = x.to(device).requires_grad_()
     optimizer = torch.optim.Adam([x], lr=0.05)
     for step in tqdm(range(steps), 'dreaming', leave=False, disable=None):
         optimizer.zero_grad()
-        # Shifted a little, differently in each step: what is good for the class at many places is
-        # a shape, and not speckle.
-        shift = torch.randint(-8, 9, (2,)).tolist()
-        shifted = x.roll(shift, dims=(2, 3))
-        # The logarithm of y_i is largest where y_i is, and has a gradient where y_i is near 0.
-        log_y = model(shifted).log_softmax(1)[classes, classes]
-        (1e-4 * x.abs().sum() - log_y.sum()).backward()
+        # The images are shifted, each time in another way. What makes a class likely wherever it
+        # is, is a shape; without this the images are speckle.
+        shift = torch.randint(-max_shift, max_shift + 1, (2,)).tolist()
+        scores = model(x.roll(shift, dims=(2, 3)))
+        # log y_i is largest where y_i is, but has a gradient also where y_i is near 0.
+        log_y = scores.log_softmax(1).diagonal()
+        objective = log_y.sum() - c * x.abs().sum()
+        # An optimizer makes its objective small, so it gets the negative.
+        (-objective).backward()
         optimizer.step()
         with torch.no_grad():
             if step % 4 == 0 and step < steps - 10:
-                # Smooths out the speckle that is left.
+                # Smooths out the speckle that is left, but not in the last steps.
                 x.copy_(nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
-            # It must stay a picture.
             x.clamp_(0, 1)
     with torch.no_grad():
-        y = model(x).softmax(1)[classes, classes]
+        y = model(x).softmax(1).diagonal()
     return x.detach().permute(0, 2, 3, 1).cpu().numpy(), y.cpu().numpy()
 
 

@@ -1,4 +1,7 @@
+"""What the tests share: fake photographs, and ways to start the scripts."""
+import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -6,72 +9,140 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from torch import nn
+
+from tests.fake_food11 import draw_food11
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+SCRIPTS = ('chapter2_1_data', 'chapter2_2_train')
+
 os.environ['MPLBACKEND'] = 'Agg'  # the tests open no window
 
-import chapter2_1_data as data  # noqa: E402
+# The scripts with a small network and small images, and a checkpoint after every epoch: for tests
+# of what is done with a network. The edits are those that the scripts' comments invite to.
+SMALL = {
+    'image_size = 128': 'image_size = 32',
+    'save_seconds = 60': 'save_seconds = 0',
+    'model = Classifier()': 'model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), '
+                            'nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4 * 4, len(data.CLASSES)))',
+}
 
 
-class Small(nn.Sequential):
-    """A network in the place of Classifier, for tests of what is done with it: its epochs and checkpoints take no time."""
-    def __init__(self):
-        super().__init__(nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16 * 16, 11))
+class Scripts:
+    """A folder with both scripts. run starts one as a user does; call does so in this process,
+    which saves the seconds that importing PyTorch takes. Both run in the folder `cwd`."""
 
+    def __init__(self, folder, cwd):
+        self.folder = folder
+        self.cwd = cwd
+        self.data, self.train = import_scripts(folder)
 
-@pytest.fixture(scope='session')
-def food11(tmp_path_factory):
-    """A drawn food-11 with 4 training and 2 validation images of each class; not to be written to."""
-    folder = tmp_path_factory.mktemp('drawn')
-    data.draw_food11(folder, training=4, validation=2)
-    return folder
+    def command(self, *arguments, script='chapter2_2_train.py'):
+        return [sys.executable, str(self.folder / script), *map(str, arguments)]
 
+    def run(self, *arguments, script='chapter2_2_train.py', before=(), **options):
+        """before: a command that starts the script."""
+        options = {'cwd': self.cwd, 'timeout': 300, 'stdin': subprocess.DEVNULL, **options}
+        return subprocess.run([*before, *self.command(*arguments, script=script)],
+                              capture_output=True, encoding='utf-8', **options)
 
-@pytest.fixture(scope='session')
-def arrays(food11):
-    """train_x, train_y, val_x, val_y of the drawn food-11."""
-    return data.read_food11(food11)
-
-
-@pytest.fixture(scope='session')
-def photographs(tmp_path_factory):
-    """One training and one validation image of each class but the eggs."""
-    folder = tmp_path_factory.mktemp('few')
-    data.draw_food11(folder, training=1, validation=1)
-    for split in ('training', 'validation'):
-        (folder / split / '3_0.jpg').unlink()
-    return folder
-
-
-@pytest.fixture
-def script(tmp_path):
-    """Runs a script as a user would, in an empty folder and without a display."""
-    def start(name, *arguments):
-        env = {key: value for key, value in os.environ.items() if key not in ('DISPLAY', 'WAYLAND_DISPLAY', 'MPLBACKEND')}
-        return subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], cwd=tmp_path, env=env,
-                              stdin=subprocess.DEVNULL, capture_output=True, encoding='utf-8', timeout=300)
-    return start
-
-
-@pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """The same within the tests' own process, which spares the seconds that importing PyTorch takes."""
-    def start(main, *arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr('sys.argv', ['script.py', *map(str, arguments)])
+    def call(self, *arguments, main=None):
+        main = main or self.train.main
+        patches = pytest.MonkeyPatch()
+        patches.chdir(self.cwd)
+        patches.setattr(sys, 'argv', ['script.py', *map(str, arguments)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         code = 0
+        self.capture.readouterr()
         try:
-            data.run(main)
+            self.data.run_script(main)
         except SystemExit as stop:
             code = stop.code
             if isinstance(code, str):
                 print(code, file=sys.stderr)
                 code = 1
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        out, err = capsys.readouterr()
-        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
-    return start
+            patches.undo()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        out, err = self.capture.readouterr()
+        return SimpleNamespace(returncode=code or 0, stdout=out, stderr=err)
+
+
+def import_scripts(folder):
+    """The modules in `folder`, leaving those alone that other tests have imported."""
+    others = {name: sys.modules.pop(name) for name in SCRIPTS if name in sys.modules}
+    sys.path.insert(0, str(folder))
+    try:
+        return [importlib.import_module(name) for name in SCRIPTS]
+    finally:
+        sys.path.remove(str(folder))
+        for name in SCRIPTS:
+            sys.modules.pop(name, None)
+        sys.modules.update(others)
+
+
+def edited_copy(folder, edits):
+    """Copies the scripts into `folder`; each key of `edits`, which must be there once, is replaced
+    by its value."""
+    folder.mkdir(parents=True)
+    shutil.copytree(ROOT / 'tests', folder / 'tests', ignore=shutil.ignore_patterns('__pycache__'))
+    texts = {name: (ROOT / f'{name}.py').read_text(encoding='utf-8') for name in SCRIPTS}
+    for old, new in edits.items():
+        places = [name for name in SCRIPTS if old in texts[name]]
+        assert len(places) == 1 and texts[places[0]].count(old) == 1, f'{old!r} in {places}'
+        texts[places[0]] = texts[places[0]].replace(old, new)
+    for name, text in texts.items():
+        (folder / f'{name}.py').write_text(text, encoding='utf-8')
+    return folder
+
+
+@pytest.fixture
+def scripts(tmp_path, capfd):
+    """The scripts as they are, run in an empty folder."""
+    found = Scripts(ROOT, tmp_path)
+    found.capture = capfd
+    return found
+
+
+@pytest.fixture(scope='session')
+def small_folder(tmp_path_factory):
+    return edited_copy(tmp_path_factory.mktemp('small') / 'scripts', SMALL)
+
+
+@pytest.fixture
+def small(small_folder, tmp_path, capfd):
+    """The scripts with a small network and small images, run in an empty folder."""
+    found = Scripts(small_folder, tmp_path)
+    found.capture = capfd
+    return found
+
+
+@pytest.fixture
+def edited(tmp_path, capfd):
+    """edited(edits, base) makes small scripts with further edits."""
+    copies = []
+
+    def make(edits, base=SMALL):
+        folder = edited_copy(tmp_path / f'edited{len(copies)}', {**base, **edits})
+        copies.append(Scripts(folder, tmp_path))
+        copies[-1].capture = capfd
+        return copies[-1]
+    return make
+
+
+@pytest.fixture(scope='session')
+def food11(tmp_path_factory):
+    """A fake food-11 with 4 training and 2 validation images of each class."""
+    folder = tmp_path_factory.mktemp('food11')
+    draw_food11(folder, training=4, validation=2)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def few(tmp_path_factory):
+    """One training and one validation image of each class but the eggs."""
+    folder = tmp_path_factory.mktemp('few')
+    draw_food11(folder, training=1, validation=1)
+    for split in ('training', 'validation'):
+        (folder / split / '3_0.jpg').unlink()
+    return folder

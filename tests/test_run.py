@@ -1,13 +1,16 @@
-"""A run's folder: what it holds, how it survives being stopped and killed, and what it is used for."""
+"""A run's folder: what it holds, how it survives being stopped and killed, what it is used for."""
 import csv
 import errno
 import json
 import os
 import pickle
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -16,67 +19,49 @@ from torch import nn
 
 import chapter2_1_data as data
 import chapter2_2_train as train
-from conftest import ROOT, Small
-from test_train import LINE
+from tests.conftest import SMALL, Scripts
+from tests.test_train import LINE, POSIX
 
 CPU = torch.device('cpu')
-POSIX = pytest.mark.skipif(os.name == 'nt', reason='the signals of POSIX')
+ROOT_ON_LINUX = pytest.mark.skipif(sys.platform != 'linux' or os.geteuid() != 0,
+                                   reason='only root on Linux can make a small file system')
 
-# Runs the training script, with a checkpoint after every epoch, and lets a test kill it at a chosen instant.
-DRIVER = f'''
-import os, sys
-sys.path[:0] = {str(ROOT)!r}, {str(ROOT / 'tests')!r}
-import chapter2_1_data as data, chapter2_2_train as train
-train.save_seconds, instant = 0, sys.argv.pop(1)
-if instant != 'full disk':
-    import conftest
-    train.Classifier = conftest.Small
-kill = lambda: os.kill(os.getpid(), 9)
-evaluate, fsync, replace, seen = train.evaluate, os.fsync, os.replace, []
-def count(event):
-    seen.append(event)
-    return seen.count(event)
-def evaluate_or_die(*arguments):
-    if count('epoch') == 2 and instant == 'epoch': kill()
-    return evaluate(*arguments)
+# Starts a script after having changed the system under it: at the instant that its first argument
+# names, the process is killed.
+KILLER = '''
+import os, runpy, sys
+script, instant = sys.argv[1:3]
+sys.argv = [script, *sys.argv[3:]]
+sys.path.insert(0, os.path.dirname(script))
+fsync, replace, seen = os.fsync, os.replace, []
+def kill():
+    os.kill(os.getpid(), 9)
 def fsync_or_die(file):
-    if os.path.basename(os.readlink(f'/proc/self/fd/{{file}}')) == 'last.pt.tmp' and instant == 'write':
-        os.ftruncate(file, 1000)
-        kill()
+    if os.path.basename(os.readlink(f'/proc/self/fd/{file}')) == 'last.pt.tmp':
+        if instant == 'write':
+            os.ftruncate(file, 1000)
+            kill()
     fsync(file)
 def replace_or_die(source, target):
-    if os.path.basename(target) == 'last.pt' and instant == 'replace': kill()
+    name = os.path.basename(target)
+    seen.append(name)
     replace(source, target)
-    if os.path.basename(target) == 'last.pt' and instant == 'last' and count('last') == 2: kill()
-train.evaluate, os.fsync, os.replace = evaluate_or_die, fsync_or_die, replace_or_die
-data.run(train.main)
+    if instant == f'after {name} {seen.count(name)}':
+        kill()
+os.fsync, os.replace = fsync_or_die, replace_or_die
+runpy.run_path(script, run_name='__main__')
 '''
 
 
-def command(photographs, *arguments, instant='never'):
-    return [sys.executable, '-c', DRIVER, instant, '--data-dir', str(photographs), '--batch-size', '4', '--device', 'cpu',
-            *map(str, arguments)]
+def history(folder):
+    """The rows of history.csv, seconds aside."""
+    with open(folder / 'history.csv', newline='') as file:
+        return [{name: float(value) for name, value in row.items() if name != 'seconds'}
+                for row in csv.DictReader(file)]
 
 
-def start(*arguments, **options):
-    return subprocess.run(command(*arguments, **options), capture_output=True, encoding='utf-8', timeout=120)
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setattr(train, 'Classifier', Small)
-
-
-@pytest.fixture(scope='module')
-def finished(photographs, tmp_path_factory):
-    """The folder of an uninterrupted run of 3 epochs, and what it printed."""
-    out = tmp_path_factory.mktemp('finished') / 'run'
-    return out, start(photographs, '--epochs', 3, '--out', out)
-
-
-def history(out):
-    with open(out / 'history.csv', newline='') as file:
-        return [{name: value for name, value in row.items() if name != 'seconds'} for row in csv.DictReader(file)]
+def checkpoint(folder, name='last.pt'):
+    return torch.load(folder / name, weights_only=True, map_location='cpu')
 
 
 def same(one, other):
@@ -84,369 +69,458 @@ def same(one, other):
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one if key != 'seconds')
+        return one.keys() == other.keys() and all(
+            same(one[key], other[key]) for key in one if key not in ('seconds', 'data_dir'))
     if isinstance(one, list):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
 
 
-# ---------------------------------------------------------------------- the folder
+@pytest.fixture(scope='module')
+def finished(small_folder, few, tmp_path_factory):
+    """The folder of an uninterrupted run of 3 epochs, and what it printed. Not to be changed."""
+    folder = tmp_path_factory.mktemp('finished')
+    done = Scripts(small_folder, folder).run('--data-dir', few, '--epochs', 3, '--batch-size', 4,
+                                             '--device', 'cpu', '--out', 'run')
+    return folder / 'run', done
 
-def test_a_run_leaves_its_checkpoints_history_settings_and_pictures(finished, photographs):
-    out, done = finished
+
+@pytest.fixture
+def copy_of_finished(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / 'run')
+
+
+# ---- The folder ------------------------------------------------------------------------------
+
+def test_a_run_leaves_checkpoints_history_settings_and_pictures(small, finished, few):
+    folder, done = finished
     assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(out)) == ['best.pt', 'confusion.png', 'curves.png', 'history.csv', 'last.pt', 'mistakes.png',
-                                       'settings.json']
-    settings = json.loads((out / 'settings.json').read_text())
-    assert {**settings, 'data': 0} == {'data_dir': str(photographs), 'epochs': 3, 'batch_size': 4, 'lr': .001, 'seed': 0, 'amp': True,
-                                        'data': 0}
+    visible = sorted(name for name in os.listdir(folder) if name != '.lock')
+    assert visible == ['best.pt', 'confusion.png', 'curves.png', 'history.csv', 'last.pt',
+                       'mistakes.png', 'settings.json']
+    assert json.loads((folder / 'settings.json').read_text()) == {
+        'data_dir': str(few), 'epochs': 3, 'batch_size': 4, 'lr': .001, 'seed': 0,
+        'no_amp': False}
     printed = [LINE.fullmatch(line).groups() for line in done.stdout.splitlines()[:3]]
-    assert [(row['epoch'], row['train_acc'], row['train_loss'], row['val_acc'], row['val_loss']) for row in history(out)] == [
-        (str(int(line[0])), *line[2:]) for line in printed]
-    table = done.stdout.splitlines()[3:]
-    assert table[4].split() == ['3', 'Egg', '0', '0', '-'] and table[5].split()[:4] == ['4', 'Fried', 'food', '1']
-    best = torch.load(out / 'best.pt', weights_only=True)['model']
-    model = train.Classifier()
-    model.load_state_dict(best)
-    val_x, val_y = data.readfile(photographs / 'validation')
-    with train.mixed_precision(CPU)[0]:
-        right = (train.probabilities(model, val_x, CPU).argmax(1) == val_y).mean()
-    assert right == pytest.approx(max(float(row['val_acc']) for row in history(out)), abs=1e-6)
-    assert table[-1].split()[-1] == f'{right:.1%}'
+    for row, line in zip(history(folder), printed, strict=True):
+        values = [row[name] for name in ('train_acc', 'train_loss', 'val_acc', 'val_loss')]
+        assert int(line[0]) == row['epoch']
+        assert [f'{value:.6f}' for value in values] == list(line[2:])
+    model = small.train.load_model(folder / 'best.pt', CPU)
+    val_x, val_y = small.data.readfile(few / 'validation')
+    autocast, _ = small.train.mixed_precision(CPU, no_amp=False)
+    probabilities = small.train.predict_probabilities(model, val_x, 4, CPU, autocast)
+    right = (probabilities.argmax(1) == val_y).mean()
+    assert right == pytest.approx(max(row['val_acc'] for row in history(folder)))
+    assert done.stdout.splitlines()[-1].split()[-1] == f'{right:.1%}'
+    optimizer = checkpoint(folder)['optimizer']
+    assert checkpoint(folder)['optimizer_class'] == 'Adam'
+    assert optimizer['param_groups'][0]['lr'] == .001 and optimizer['state'][0]['step'] == 9
 
 
-def test_a_folder_with_other_files_keeps_them(call, photographs, tmp_path):
-    for name in ('thesis.tmp', 'mistakes.png'):
-        (tmp_path / name).write_text('mine')
-    arguments = ['--data-dir', photographs, '--epochs', 1, '--device', 'cpu', '--out', tmp_path]
-    assert call(train.main, *arguments).returncode == 1  # would replace mistakes.png
-    (tmp_path / 'mistakes.png').unlink()
-    assert call(train.main, *arguments).returncode == 0 and (tmp_path / 'thesis.tmp').read_text() == 'mine'
+def test_a_folder_that_holds_files_is_left_alone(small, few, tmp_path):
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'thesis.txt').write_text('mine')
+    done = small.call('--data-dir', few, '--epochs', 1, '--device', 'cpu', '--out', 'mine')
+    assert done.returncode == 1 and 'mine already holds files' in done.stderr
+    assert os.listdir(tmp_path / 'mine') == ['thesis.txt']
 
 
-def test_each_run_takes_the_next_free_folder(call, photographs, tmp_path):
+def test_each_run_takes_the_next_free_folder(small, few, tmp_path):
     (tmp_path / 'runs' / '001').mkdir(parents=True)
     for _ in range(2):
-        assert call(train.main, '--data-dir', photographs, '--epochs', 1, '--device', 'cpu').returncode == 0
-    assert sorted(os.listdir(tmp_path / 'runs')) == ['001', '002', '003'] and not os.listdir(tmp_path / 'runs' / '001')
+        done = small.call('--data-dir', few, '--epochs', 1, '--device', 'cpu')
+        assert done.returncode == 0
+    assert sorted(os.listdir(tmp_path / 'runs')) == ['001', '002', '003']
+    assert not os.listdir(tmp_path / 'runs' / '001')
 
 
-def test_a_finished_run_is_neither_overwritten_nor_trained_again(call, finished, photographs):
-    out = finished[0]
-    before = {name: (out / name).stat().st_mtime_ns for name in os.listdir(out)}
-    done = call(train.main, '--data-dir', photographs, '--out', out)
-    assert done.returncode == 1 and f'{out} already holds a run' in done.stderr and done.stderr.count('\n') == 1
-    done = call(train.main, '--out', out, '--resume', '--device', 'cpu')
-    assert done.returncode == 0 and 'finished' in done.stderr and done.stdout == ''
-    assert {name: (out / name).stat().st_mtime_ns for name in os.listdir(out)} == before
+def test_a_mistake_leaves_no_folder_behind(small, tmp_path):
+    assert small.call('--data-dir', 'nowhere', '--device', 'cpu').returncode == 1
+    assert small.call('--data-dir', 'nowhere', '--device', 'cpu', '--out', 'run').returncode == 1
+    assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize('flag, value', [('--batch-size', '8'), ('--lr', '0.01'), ('--seed', '1'), ('--data-dir', 'other')])
-def test_resuming_with_other_settings_is_refused(call, finished, food11, flag, value):
-    value = food11 if value == 'other' else value
-    done = call(train.main, '--out', finished[0], '--resume', '--epochs', 4, '--device', 'cpu', flag, value)
-    assert done.returncode == 1 and f'{flag} {value}' in done.stderr and done.stderr.count('\n') == 1
-    assert len(history(finished[0])) == 3
+def test_resuming_a_finished_run_draws_its_pictures_anew(small, finished, copy_of_finished):
+    (copy_of_finished / 'confusion.png').unlink()
+    (copy_of_finished / 'history.csv').unlink()
+    weights = (copy_of_finished / 'last.pt').read_bytes()
+    done = small.call('--out', 'run', '--resume', '--device', 'cpu')
+    assert done.returncode == 0 and '/003]' not in done.stdout
+    assert (copy_of_finished / 'confusion.png').exists()
+    assert (copy_of_finished / 'last.pt').read_bytes() == weights
+    assert history(copy_of_finished) == history(finished[0])
 
 
-# ---------------------------------------------------------------------- stopped and killed
+@pytest.mark.parametrize('arguments', [('--batch-size', '8'), ('--lr', '0.01'), ('--seed', '1'),
+                                       ('--no-amp',), ('--epochs', '2')])
+def test_resuming_with_other_settings_is_refused(small, copy_of_finished, arguments):
+    before = (copy_of_finished / 'last.pt').read_bytes()
+    done = small.call('--out', 'run', '--resume', '--device', 'cpu', *arguments)
+    error = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and error.startswith('error: the run in run') and not done.stdout
+    assert arguments[0] in error
+    assert (copy_of_finished / 'last.pt').read_bytes() == before
 
-@POSIX
+
+# ---- Stopped and killed ----------------------------------------------------------------------
+
 @pytest.mark.skipif(sys.platform != 'linux', reason='/proc')
-def test_killed_and_resumed_ends_as_if_never_interrupted(finished, photographs, tmp_path):
-    """Killed in the middle of its second epoch, while writing a checkpoint, just before putting it in place, and
-    between the last checkpoint and its history; and continued with another number of workers."""
+def test_killed_and_resumed_ends_as_if_never_interrupted(small, finished, few, tmp_path):
+    """Killed between its first checkpoint and its history, while it writes its second checkpoint
+    after the best weights, and between its last checkpoint and its history; and continued with
+    another number of workers."""
+    (tmp_path / 'killer.py').write_text(KILLER)
+    script = str(small.folder / 'chapter2_2_train.py')
+
+    def start(instant, *arguments):
+        return subprocess.run(
+            [sys.executable, tmp_path / 'killer.py', script, instant, '--data-dir', few,
+             '--epochs', '3', '--batch-size', '4', '--device', 'cpu', '--out', 'run', '--resume',
+             *arguments], cwd=tmp_path, capture_output=True, encoding='utf-8', timeout=120)
+
     out = tmp_path / 'run'
-    for instant, epochs in (('epoch', 1), ('write', 1), ('replace', 1)):
-        done = start(photographs, '--epochs', 3, '--out', out, '--resume', instant=instant)
-        assert done.returncode == -signal.SIGKILL
-        assert ('resumed from epoch 1' in done.stderr) == (instant != 'epoch')
-        assert len(torch.load(out / 'last.pt', weights_only=True)['history']) == epochs
-        assert (out / 'last.pt.tmp').exists() == (instant != 'epoch')
-    assert start(photographs, '--epochs', 3, '--out', out, '--resume', '--workers', 1, instant='last').returncode == -signal.SIGKILL
-    done = start(photographs, '--epochs', 3, '--out', out, '--resume')
+    assert start('after last.pt 1').returncode == -signal.SIGKILL
+    assert len(checkpoint(out)['history']) == 1 and not (out / 'history.csv').exists()
+    done = start('write')
+    assert done.returncode == -signal.SIGKILL and 'resumed from epoch 1' in done.stderr
+    assert len(checkpoint(out)['history']) == 1 and (out / 'last.pt.tmp').exists()
+    done = start('after last.pt 2', '--workers', '1')
+    assert done.returncode == -signal.SIGKILL
+    assert len(checkpoint(out)['history']) == 3 and len(history(out)) == 2
+    done = small.call('--out', 'run', '--resume', '--device', 'cpu')
     assert done.returncode == 0 and 'resumed from epoch 3' in done.stderr
-    assert sorted(os.listdir(out)) == sorted(os.listdir(finished[0]))
     assert history(out) == history(finished[0])
+    assert not list(out.glob('*.tmp'))
     for name in ('last.pt', 'best.pt'):
-        assert same(*(torch.load(folder / name, weights_only=True) for folder in (out, finished[0])))
+        assert same(checkpoint(out, name), checkpoint(finished[0], name))
 
 
 @POSIX
-@pytest.mark.parametrize('number, workers', [(signal.SIGINT, 1), (signal.SIGTERM, 0)])
-def test_a_signal_ends_with_one_line_that_says_how_to_continue(photographs, tmp_path, number, workers):
-    out = tmp_path / 'run'
-    with subprocess.Popen(command(photographs, '--epochs', 1000, '--out', out, '--workers', workers), stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, encoding='utf-8', start_new_session=True) as process:
+def test_a_second_run_is_refused_and_ctrl_c_says_how_to_continue(small, few, tmp_path):
+    command = small.command('--data-dir', few, '--epochs', 1000, '--batch-size', 4, '--out', 'run',
+                            '--workers', 1, '--device', 'cpu')
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path,
+                          encoding='utf-8', start_new_session=True) as process:
         for _ in range(2):
             assert LINE.fullmatch(process.stdout.readline().rstrip())
-        os.killpg(process.pid, number)  # as a terminal does: the loader's processes get it too
+        second = small.call('--out', 'run', '--resume', '--device', 'cpu')
+        assert second.returncode == 1 and second.stdout == ''
+        assert second.stderr.startswith('error: run is in use') and second.stderr.count('\n') == 1
+        assert process.poll() is None
+        # As a terminal does: the workers get it too. And once more, as torchrun does.
+        os.killpg(process.pid, signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     lines = errors.splitlines()
-    assert process.returncode == 130 and len(lines) == 2, errors
-    saved = len(torch.load(out / 'last.pt', weights_only=True)['history'])
-    assert saved >= 1 and f'the state after epoch {saved}; continue with python chapter2_2_train.py --out "{out}" --resume' in lines[1]
+    assert process.returncode == 130 and len(lines) == 3, errors
+    saved = len(checkpoint(tmp_path / 'run')['history'])
+    assert saved >= 1 and f'the state after epoch {saved}; continue with ' in lines[2]
+    assert 'python chapter2_2_train.py --out "run" --resume' in lines[2]
+    done = small.call('--out', 'run', '--resume', '--epochs', saved, '--device', 'cpu')
+    assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(sys.platform != 'linux' or os.geteuid() != 0, reason='only root on Linux can make a small file system')
-def test_a_full_disk_ends_in_one_line_and_keeps_what_was_saved(photographs, tmp_path):
-    """300 MB hold the first checkpoint (154 MB and 51 MB of best weights), and the next one not beside it."""
+@ROOT_ON_LINUX
+def test_a_full_disk_ends_in_one_line_and_keeps_what_was_saved(scripts, few, tmp_path):
+    """300 MB hold the first checkpoint (154 MB and 51 MB of best weights), and no second one."""
     disk = tmp_path / 'disk'
     disk.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=300m', 'none', disk], capture_output=True).returncode:
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=300m', 'none', disk]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip('mounting is not allowed here')
     try:
-        done = start(photographs, '--epochs', 3, '--out', disk / 'run', instant='full disk')
-        assert done.returncode == 1 and done.stderr.count('\n') == 2
-        assert f'{os.strerror(errno.ENOSPC)}; what was saved before is whole' in done.stderr.splitlines()[-1]
-        assert len(torch.load(disk / 'run' / 'last.pt', weights_only=True)['history']) == 1
+        arguments = ('--data-dir', few, '--batch-size', 10, '--device', 'cpu', '--out', 'disk/run')
+        assert scripts.call(*arguments, '--epochs', 1).returncode == 0
+        done = scripts.call(*arguments, '--resume', '--epochs', 2)
+        assert done.returncode == 1
+        error = done.stderr.splitlines()[-1]
+        assert f'{os.strerror(errno.ENOSPC)}; what was saved before is intact' in error
+        assert len(checkpoint(disk / 'run')['history']) == 1
         assert not list(disk.glob('run/*.tmp'))
     finally:
         subprocess.run(['umount', disk], check=True)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_state_before(call, photographs, tmp_path, monkeypatch):
-    train_epoch = train.train_epoch
-    losses = iter([1., float('nan')])
-    monkeypatch.setattr(train, 'save_seconds', 0)
-    monkeypatch.setattr(train, 'train_epoch', lambda *arguments: (train_epoch(*arguments)[0], next(losses)))
-    done = call(train.main, '--data-dir', photographs, '--out', 'run', '--device', 'cpu')
-    assert done.returncode == 1 and 'epoch 2: the loss is no longer a number; run holds the state after epoch 1' in done.stderr
-    last = torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)
-    assert [row['epoch'] for row in last['history']] == [1] and len(history(tmp_path / 'run')) == 1
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_state_before(
+        edited, copy_of_finished, few):
+    """Resumed with an infinite learning rate, which the checkpoint does not know of."""
+    infinite = edited({"lr=run.settings['lr'],": "lr=float('inf'),"})
+    done = infinite.call('--out', 'run', '--resume', '--epochs', 5, '--device', 'cpu')
+    assert done.returncode == 1 and done.stdout.startswith('[004/005]')
+    error = done.stderr.splitlines()[-1]
+    assert 'epoch 4: the loss is not a finite number; run holds the state after epoch 3' in error
+    assert len(checkpoint(copy_of_finished)['history']) == len(history(copy_of_finished)) == 3
 
 
-def test_a_file_that_another_program_holds_open_does_not_end_the_run(tmp_path, monkeypatch, capsys):
-    """What Windows answers while Excel shows history.csv."""
-    def held(*_):
-        raise PermissionError(errno.EACCES, 'in use')
-    file = tmp_path / 'history.csv'
-    file.write_text('old')
+def test_files_that_another_program_holds_open_do_not_end_the_run(
+        small, few, tmp_path, monkeypatch):
+    """What Windows answers while Excel shows history.csv, and while a virus scanner reads best.pt
+    of the first epoch."""
+    replace, tries = os.replace, []
+
+    def held(source, target):
+        name = os.path.basename(target)
+        tries.append(name)
+        if name == 'history.csv' or name == 'best.pt' and tries.count(name) <= 20:
+            raise PermissionError(errno.EACCES, 'in use')
+        replace(source, target)
     monkeypatch.setattr(os, 'replace', held)
-    train.write_text(file, 'new')
-    assert file.read_text() == 'old' and os.listdir(tmp_path) == ['history.csv'] and str(file) in capsys.readouterr().err
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
+    done = small.call('--data-dir', few, '--epochs', 2, '--batch-size', 4, '--out', 'run',
+                      '--device', 'cpu')
+    assert done.returncode == 0
+    assert 'history.csv is in use' in done.stderr and 'best.pt is in use' in done.stderr
+    assert (tmp_path / 'run' / 'best.pt').exists()
+    assert not (tmp_path / 'run' / 'history.csv').exists()
+    assert not list((tmp_path / 'run').glob('*.tmp'))
 
+
+# ---- Checkpoints that are not what they should be --------------------------------------------
 
 class Malicious:
     def __reduce__(self):
         return os.mkdir, ('executed',)
 
 
-@pytest.mark.parametrize('kind', ['cut off', 'empty', 'foreign', 'malicious', 'no numbers'])
-def test_a_bad_checkpoint_gives_one_line_and_is_not_executed(call, finished, tmp_path, kind):
-    out = tmp_path / 'run'
-    out.mkdir()
-    (out / 'settings.json').write_bytes((finished[0] / 'settings.json').read_bytes())
-    for name in ('last.pt', 'best.pt'):
-        if kind == 'no numbers':
-            state = torch.load(finished[0] / name, weights_only=True)
-            state['model']['4.bias'][3] = float('nan')
-            torch.save(state, out / name)
-        elif kind == 'foreign':
-            torch.save({'model': {'weight': torch.zeros(3)}}, out / name)
-        else:
-            content = {'cut off': (finished[0] / name).read_bytes()[:-1000], 'empty': b'', 'malicious': pickle.dumps(Malicious(), 2)}
-            (out / name).write_bytes(content[kind])
-    for arguments in (['--resume'], ['--predict', 'dinner.jpg']):
-        done = call(train.main, '--out', out, '--device', 'cpu', *arguments)
-        assert done.returncode == 1 and done.stderr.count('\n') == 1 and f'{out / "best.pt"} is damaged' in done.stderr
-    (out / 'best.pt').write_bytes((finished[0] / 'best.pt').read_bytes())
-    done = call(train.main, '--out', out, '--device', 'cpu', '--resume')
-    assert done.returncode == 1 and done.stderr.count('\n') == 1 and f'{out / "last.pt"} is damaged' in done.stderr
+def spoil(file, kind):
+    whole = file.read_bytes()
+    if kind == 'cut off':
+        file.write_bytes(whole[:-1000])
+    elif kind == 'empty':
+        file.write_bytes(b'')
+    elif kind == 'pickle':
+        file.write_bytes(pickle.dumps(Malicious(), 2))
+    elif kind == 'malicious':
+        torch.save({'model': Malicious(), 'belongs_to': {}}, file)
+    elif kind == 'foreign':
+        torch.save({'weight': torch.zeros(3)}, file)
+    else:
+        # One bit in the middle of the smallest or the largest tensor.
+        with zipfile.ZipFile(file) as archive:
+            parts = [part for part in archive.infolist() if '/data/' in part.filename]
+        part = {'small': min, 'large': max}[kind.split()[0]](parts, key=lambda part: part.file_size)
+        name_length, extra_length = struct.unpack_from('<HH', whole, part.header_offset + 26)
+        start = part.header_offset + 30 + name_length + extra_length
+        changed = bytearray(whole)
+        changed[start + part.file_size // 2] ^= 16
+        file.write_bytes(changed)
+
+
+@pytest.mark.parametrize('kind', ['cut off', 'empty', 'pickle', 'malicious', 'foreign',
+                                  'small bit', 'large bit'])
+@pytest.mark.parametrize('name', ['last.pt', 'best.pt'])
+def test_a_bad_checkpoint_is_named_in_one_line_and_not_executed(
+        small, copy_of_finished, few, tmp_path, kind, name):
+    spoil(copy_of_finished / name, kind)
+    uses = [['--resume']]
+    if name == 'best.pt':
+        uses.append(['--predict', few / 'validation' / '0_0.jpg'])
+    for use in uses:
+        done = small.call('--out', 'run', '--device', 'cpu', *use)
+        assert done.returncode == 1 and done.stdout == '' and done.stderr.count('\n') == 1
+        assert f'{copy_of_finished.name}{os.sep}{name} is ' in done.stderr
+        assert ('incompatible' if kind == 'foreign' else 'corrupt') in done.stderr
     assert not (tmp_path / 'executed').exists()
 
 
-# ---------------------------------------------------------------------- several processes
+# ---- Several processes -----------------------------------------------------------------------
 
-class Linear(nn.Sequential):  # without batch norm, whose numbers hang on how many images a process has
-    def __init__(self):
-        super().__init__(nn.Flatten(), nn.Linear(3 * 128 * 128, 11))
-
-
-# What torchrun starts twice: process 1 dies in the second epoch of the first attempt, when process 0 has saved the first.
-SHARED = f'''
-import os, sys, time
-sys.path[:0] = {str(ROOT)!r}, {str(ROOT / 'tests')!r}
-import chapter2_1_data as data, chapter2_2_train as train, conftest, test_run
-train.Classifier = getattr(test_run, sys.argv.pop(1))
-train.save_seconds, train_epoch = 0, train.train_epoch
-def train_epoch_or_die(*arguments):
-    if '[002' in arguments[-1] and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
-        while not os.path.exists(sys.argv[sys.argv.index('--out') + 1] + '/last.pt'): time.sleep(.1)
-        os.kill(os.getpid(), 9)
-    return train_epoch(*arguments)
-train.train_epoch = train_epoch_or_die
-if __name__ == '__main__':
-    data.run(train.main)
-'''
+# A network without batch norm, whose numbers depend on how many images a process has. In the
+# first attempt of torchrun, process 1 dies as soon as process 0 has saved an epoch.
+LINEAR = {**SMALL, 'model = Classifier()':
+          'model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 11))'}
 
 
 @pytest.fixture
-def torchrun(tmp_path):
-    """Trains a network of this module in two processes on 11 photographs in batches of 4, 4 and 3."""
-    data.draw_food11(tmp_path / 'food', training=1, validation=1)
-    (tmp_path / 'shared.py').write_text(SHARED)
+def torchrun(tmp_path, few):
+    """Trains on 10 photographs in batches of 4, 4 and 2, in two processes."""
+    (tmp_path / 'dying.py').write_text('''
+import os, runpy, sys, threading, time
+def die_when_saved(path):
+    while not os.path.exists(path):
+        time.sleep(0.01)
+    os.kill(os.getpid(), 9)
+if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+    path = os.path.join(sys.argv[sys.argv.index('--out') + 1], 'curves.png')
+    threading.Thread(target=die_when_saved, args=[path], daemon=True).start()
+sys.argv.pop(0)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name='__main__')
+''')
 
-    def start(network, *arguments, restarts=0):
-        return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--max-restarts',
-                               str(restarts), 'shared.py', network, '--data-dir', 'food', '--batch-size', '4', '--device', 'cpu',
-                               *map(str, arguments)], cwd=tmp_path, capture_output=True, encoding='utf-8', timeout=120)
+    def start(scripts, *arguments, restarts=0):
+        return subprocess.run(
+            [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+             '--max-restarts', str(restarts), 'dying.py', scripts.folder / 'chapter2_2_train.py',
+             '--data-dir', few, '--batch-size', '4', '--device', 'cpu', *map(str, arguments)],
+            cwd=tmp_path, capture_output=True, encoding='utf-8', timeout=120)
     return start
 
 
 @POSIX
-def test_two_processes_of_which_one_dies_and_is_restarted_train_as_one_does(call, torchrun, tmp_path, monkeypatch):
-    done = torchrun('Linear', '--epochs', 3, '--out', 'two', '--resume', '--no-amp', restarts=1)
+def test_two_processes_of_which_one_dies_and_is_restarted_train_as_one_does(
+        edited, torchrun, few, tmp_path):
+    linear = edited({}, base=LINEAR)
+    done = torchrun(linear, '--epochs', 8, '--out', 'two', '--resume', '--no-amp', restarts=1)
     assert done.returncode == 0, done.stderr
-    assert 'resumed from epoch 1' in done.stderr and done.stdout.count('[001/003]') == done.stdout.count('[003/003]') == 1
-    monkeypatch.setattr(train, 'Classifier', Linear)
-    arguments = ['--data-dir', 'food', '--batch-size', 4, '--device', 'cpu', '--out']
-    assert call(train.main, *arguments, 'one', '--epochs', 3, '--no-amp').returncode == 0
-    for two, one in zip(history(tmp_path / 'two'), history(tmp_path / 'one'), strict=True):
-        assert [float(value) for value in two.values()] == pytest.approx([float(value) for value in one.values()], rel=1e-3)
-    two, one = (torch.load(tmp_path / name / 'last.pt', weights_only=True)['optimizer']['state'] for name in ('two', 'one'))
-    assert two[0]['step'] == one[0]['step'] == 9
-    done = call(train.main, *arguments, 'two', '--epochs', 4, '--resume')  # in one process
-    assert done.returncode == 0 and done.stdout.startswith('[004/004]')
+    assert 'resumed from epoch' in done.stderr and done.stdout.count('[008/008]') == 1
+    one = linear.call('--data-dir', few, '--batch-size', 4, '--device', 'cpu', '--out', 'one',
+                      '--epochs', 8, '--no-amp')
+    assert one.returncode == 0
+    two, one = (history(tmp_path / name) for name in ('two', 'one'))
+    assert len(two) == len(one) == 8
+    for row, expected in zip(two, one):
+        assert list(row.values()) == pytest.approx(list(expected.values()), rel=1e-3)
+    done = linear.call('--data-dir', few, '--batch-size', 4, '--device', 'cpu', '--out', 'two',
+                       '--epochs', 9, '--resume')  # in one process
+    assert done.returncode == 0 and done.stdout.startswith('[009/009]')
 
 
 @POSIX
-def test_a_process_that_dies_ends_the_run_of_two(torchrun, tmp_path):
-    done = torchrun('Small', '--out', 'run')
-    assert done.returncode != 0 and done.stdout.count('\n') == 1 and '[rank' not in done.stderr
-    last = torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)
-    model = train.Classifier()
+def test_a_process_that_dies_ends_the_run_of_two(small, torchrun, few, tmp_path):
+    done = torchrun(small, '--out', 'run', '--epochs', 1000)
+    assert done.returncode != 0 and '[rank' not in done.stderr
+    last = checkpoint(tmp_path / 'run')
+    # Each validation image has counted once, and the batch norm is that of process 0.
+    model = small.train.make_model(CPU)
     model.load_state_dict(last['model'])
-    val_x, val_y = data.readfile(tmp_path / 'food' / 'validation')
-    with train.mixed_precision(CPU)[0]:
-        right = (train.probabilities(model, val_x, CPU).argmax(1) == val_y).mean()
-    assert last['history'][-1]['epoch'] == 1 and last['history'][-1]['val_acc'] == pytest.approx(right)
+    val_x, val_y = small.data.readfile(few / 'validation')
+    autocast, _ = small.train.mixed_precision(CPU, no_amp=False)
+    probabilities = small.train.predict_probabilities(model, val_x, 4, CPU, autocast)
+    right = (probabilities.argmax(1) == val_y).mean()
+    assert last['history'][-1]['val_acc'] == pytest.approx(right)
 
 
-def test_batches_that_the_processes_cannot_share_are_refused(call, photographs, monkeypatch):
-    monkeypatch.setattr(train, 'process', lambda: (0, 3))
-    monkeypatch.setattr(train, 'join_processes', lambda device: None)
-    monkeypatch.setattr(train, 'of_first', lambda value: value)
-    for size, message in ((4, '3 processes cannot share batches of 4'), (9, 'the last batch has only 1 images for 3 processes')):
-        done = call(train.main, '--data-dir', photographs, '--batch-size', size, '--device', 'cpu')
-        assert done.returncode == 1 and message in done.stderr and done.stderr.count('\n') == 1
+def test_batches_that_the_processes_cannot_share_are_refused(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['script.py', '--batch-size', '4'])
+    with pytest.raises(data.UserError, match='3 processes cannot share batches of 4'):
+        train.choose_settings(train.parse_arguments(), None, world_size=3)
 
 
-@pytest.mark.parametrize('arguments', [['--data-dir', 'nowhere'], ['--epochs', 'x']])
-def test_a_mistake_is_left_to_process_0_to_tell(call, monkeypatch, arguments):
-    """The others end later, lest torchrun stops process 0 before it has said it."""
-    waited = []
-    monkeypatch.setattr(data, 'process', lambda: (1, 2))
-    monkeypatch.setattr(time, 'sleep', waited.append)
-    done = call(train.main, '--device', 'cpu', *arguments)
-    assert done.returncode != 0 and waited == [5] and done.stdout == ''
+def test_only_process_0_predicts(small, finished, few, monkeypatch):
+    monkeypatch.setenv('RANK', '1')
+    done = small.call('--out', finished[0], '--device', 'cpu', '--predict', few / 'validation')
+    assert done.returncode == 0 and done.stdout == ''
+    assert not (finished[0] / 'predict.csv').exists()
 
 
-def test_only_process_0_predicts(call, finished, photographs, monkeypatch):
-    monkeypatch.setattr(train, 'process', lambda: (1, 2))
-    done = call(train.main, '--out', finished[0], '--device', 'cpu', '--predict', photographs / 'validation')
-    assert done.returncode == 0 and done.stdout == '' and not (finished[0] / 'predict.csv').exists()
-
-
-@pytest.mark.skipif(sys.platform != 'linux' or os.geteuid() != 0, reason='only root on Linux can make a small file system')
-@pytest.mark.parametrize('workers', [0, 2])
-def test_little_shared_memory(tmp_path, photographs, workers):
-    """300 kB, of which the 10 photographs would take 491; processes are not forked."""
-    script = tmp_path / 'script.py'
-    script.write_text(f"""
-import multiprocessing, sys
-sys.path[:0] = {str(ROOT)!r}, {str(ROOT / 'tests')!r}
-import chapter2_1_data as data, chapter2_2_train as train, conftest
-train.Classifier = conftest.Small
-if __name__ == '__main__':
-    multiprocessing.set_start_method('spawn')
-    data.run(train.main)
-""")
-    inner = ['sh', '-c', 'mount -t tmpfs -o size=300k none /dev/shm || exit 77; exec "$@"', 'sh', sys.executable, str(script),
-             '--data-dir', str(photographs), '--batch-size', '10', '--epochs', '1', '--device', 'cpu', '--workers', str(workers)]
-    done = subprocess.run(['unshare', '-m', *inner], cwd=tmp_path, capture_output=True, encoding='utf-8', timeout=120)
+@ROOT_ON_LINUX
+def test_too_little_shared_memory(scripts, few):
+    """300 kB: a batch of 10 photographs takes 491."""
+    before = ['unshare', '-m', 'sh', '-c',
+              'mount -t tmpfs -o size=300k none /dev/shm || exit 77; exec "$@"', 'sh']
+    done = scripts.run('--data-dir', few, '--batch-size', 10, '--epochs', 1, '--device', 'cpu',
+                       '--workers', 2, before=before)
     if done.returncode == 77 or 'unshare' in done.stderr:
         pytest.skip('mounting is not allowed here')
     errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
-    assert (done.returncode, len(errors)) == ((1, 1) if workers else (0, 0)), done.stderr
-    assert 'Traceback' not in done.stderr and (not workers or '--shm-size' in errors[0])
+    assert (done.returncode, len(errors)) == (1, 1), done.stderr
+    assert 'Traceback' not in done.stderr and '--shm-size' in errors[0]
 
 
-# ---------------------------------------------------------------------- seen and used
+# ---- Prediction ------------------------------------------------------------------------------
 
-def test_predict_names_three_classes_and_writes_kaggles_table(call, finished, photographs, tmp_path):
+def test_predict_names_three_classes_and_writes_kaggles_table(
+        small, copy_of_finished, few, tmp_path):
     folder = tmp_path / '测试'
     folder.mkdir()
-    for i in range(3):
-        (folder / f'000{i}.jpg').write_bytes((photographs / 'validation' / f'{i}_0.jpg').read_bytes())
+    for i, name in enumerate(['0000', '0001', '0002', 'my, dinner']):
+        shutil.copy(few / 'validation' / f'{i * 2}_0.jpg', folder / f'{name}.jpg')
     (folder / '0001.jpg').write_bytes(b'no photograph')
-    done = call(train.main, '--out', finished[0], '--device', 'cpu', '--predict', folder / '0000.jpg', 'gone.jpg', folder)
+    done = small.call('--out', 'run', '--device', 'cpu', '--no-amp',
+                      '--predict', folder / '0000.jpg', 'gone.jpg', folder)
     assert done.returncode == 1
-    errors = done.stderr.splitlines()
-    assert [error.split(':')[0] for error in errors] == ['gone.jpg', str(folder / '0001.jpg')]
+    named = [line.rsplit(': ', 1)[0] for line in done.stderr.splitlines()]
+    assert named == ['gone.jpg', str(folder / '0001.jpg')]
     single, summary = done.stdout.splitlines()
-    model = train.Classifier()
-    train.load(finished[0] / 'best.pt', CPU, model)
-    x = np.stack([data.read_image(folder / name) for name in ('0000.jpg', '0002.jpg')])
-    chances = train.probabilities(model, x, CPU)
-    assert np.allclose(chances.sum(1), 1)
-    expected = [f'{data.CLASSES[label]} {chances[0, label]:.1%}' for label in np.argsort(-chances[0])[:3]]
+    model = small.train.load_model(copy_of_finished / 'best.pt', CPU)
+    images = [small.data.read_image(folder / name) for name in
+              ('0000.jpg', '0002.jpg', 'my, dinner.jpg')]
+    x = torch.stack([small.data.test_transform(image) for image in images])
+    probabilities = model.eval()(x).softmax(1).detach()
+    values, labels = probabilities[0].topk(3)
+    expected = [f'{data.CLASSES[label]} {value:.1%}' for value, label in zip(values, labels)]
     assert single == f'{folder / "0000.jpg"}: {", ".join(expected)}'
-    assert '2 of 3 photographs' in summary and str(finished[0] / 'predict.csv') in summary
-    table = (finished[0] / 'predict.csv').read_bytes().decode()
-    assert table == f'Id,Category\n0,{chances[0].argmax()}\n2,{chances[1].argmax()}\n'
-    (finished[0] / 'predict.csv').unlink()
+    assert '3 of 4 photographs' in summary and 'predict.csv' in summary
+    with open(copy_of_finished / 'predict.csv', newline='') as file:
+        table = list(csv.reader(file))
+    labels = [str(label) for label in probabilities.argmax(1).tolist()]
+    assert table == [['Id', 'Category'], ['0', labels[0]], ['2', labels[1]],
+                     ['my, dinner.jpg', labels[2]]]
 
 
-def test_predict_takes_one_folder_with_photographs(call, finished, tmp_path):
+def test_photographs_whose_numbers_are_not_unique_keep_their_names(
+        small, copy_of_finished, few, tmp_path):
+    folder = tmp_path / 'test'
+    folder.mkdir()
+    for name in ('1.jpg', '01.jpg'):
+        shutil.copy(few / 'validation' / '0_0.jpg', folder / name)
+    assert small.call('--out', 'run', '--device', 'cpu', '--predict', folder).returncode == 0
+    text = (copy_of_finished / 'predict.csv').read_text()
+    assert [line.split(',')[0] for line in text.splitlines()] == ['Id', '01.jpg', '1.jpg']
+
+
+def test_predict_takes_one_folder_with_photographs(small, finished, tmp_path):
     (tmp_path / 'empty').mkdir()
-    for folders, message in ((['empty'], 'no photographs in empty'), (['empty', '.'], 'one folder at a time')):
-        done = call(train.main, '--out', finished[0], '--device', 'cpu', '--predict', *folders)
+    for folders, message in ((['empty'], 'no photographs in empty'),
+                             (['empty', '.'], 'one folder at a time')):
+        done = small.call('--out', finished[0], '--device', 'cpu', '--predict', *folders)
         assert done.returncode == 1 and message in done.stderr and done.stderr.count('\n') == 1
 
 
-def test_predicting_waits_for_no_library_that_it_does_not_need():
-    done = subprocess.run([sys.executable, '-c', 'import sys, chapter2_2_train; print(*sys.modules)'], cwd=ROOT,
-                          capture_output=True, encoding='utf-8')
-    assert not {'torchvision', 'matplotlib'} & set(done.stdout.split())
+def test_predict_can_use_another_checkpoint(small, finished, few):
+    photograph = few / 'validation' / '0_0.jpg'
+    done = small.call('--out', finished[0], '--device', 'cpu', '--predict', photograph,
+                      '--checkpoint', 'last.pt')
+    assert done.returncode == 0 and done.stdout.startswith(str(photograph))
+    done = small.call('--out', finished[0], '--device', 'cpu', '--predict', photograph,
+                      '--checkpoint', 'epoch_010.pt')
+    assert done.returncode == 1 and 'epoch_010.pt' in done.stderr
 
+
+def test_the_use_of_a_run_needs_one(small, tmp_path):
+    for arguments in (['--resume'], ['--predict', 'x.jpg'], ['--dreams']):
+        assert small.call(*arguments).returncode == 2
+    done = small.call('--out', 'nowhere', '--dreams', '--device', 'cpu')
+    missing = os.path.join('nowhere', 'best.pt')
+    assert done.returncode == 1 and f'there is no {missing}' in done.stderr
+    assert not (tmp_path / 'nowhere').exists()
+
+
+# ---- Dreams and pictures ---------------------------------------------------------------------
 
 def test_a_dream_brightens_what_its_class_is_known_by_and_nothing_else():
-    """For a network that tells class i by the brightness of the i-th band of 11 rows, and cares for nothing else."""
+    """For a network that tells class i by the brightness of the i-th band of 11 rows."""
     weights = torch.zeros(11, 3, 128, 128)
     for label in range(11):
         weights[label, :, 11 * label:11 * label + 11] = .01
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 128 * 128, 11, bias=False))
     model[1].weight.data = weights.flatten(1)
-    images, chances = train.dream(model, CPU, steps=60)
+    images, probabilities = train.dream(model, CPU, steps=60)
     assert images.shape == (11, 128, 128, 3) and images.min() >= 0 and images.max() <= 1
     for label, image in enumerate(images):
         bands = image[:121].reshape(11, -1).mean(1)
         assert bands.argmax() == label and bands[label] > .3
-        assert all(band < .1 for i, band in enumerate(bands) if 2 < abs(i - label) < 9)  # the image is shifted in a ring
-        assert chances[label] > .9
+        # The image is shifted in a ring.
+        assert all(band < .1 for i, band in enumerate(bands) if 2 < abs(i - label) < 9)
+        assert probabilities[label] > .9
 
 
-def test_dreams_are_drawn_from_a_runs_best_weights(call, finished, monkeypatch):
-    monkeypatch.setattr(train.dream, '__defaults__', (1,))  # one step does
-    done = call(train.main, '--out', finished[0], '--dreams', '--device', 'cpu')
+def test_dreams_are_drawn_with_a_runs_weights(small, copy_of_finished):
+    done = small.call('--out', 'run', '--dreams', '--device', 'cpu')
     assert done.returncode == 0 and 'dreams.png' in done.stdout
-    (finished[0] / 'dreams.png').unlink()
-
-
-def test_the_use_of_a_run_needs_one(call, tmp_path):
-    for arguments in (['--resume'], ['--predict', 'x.jpg'], ['--dreams']):
-        assert call(train.main, *arguments).returncode == 2
-    done = call(train.main, '--out', 'nowhere', '--dreams', '--device', 'cpu')
-    assert done.returncode == 1 and 'no best.pt in nowhere' in done.stderr and not (tmp_path / 'nowhere').exists()
+    assert (copy_of_finished / 'dreams.png').stat().st_size > 10_000
 
 
 def test_the_curves_mark_the_best_epoch():
-    rows = [dict(zip(train.HISTORY, (epoch, 1., .1 * epoch, 2., acc, 1.5))) for epoch, acc in ((1, .2), (2, .6), (3, .4))]
+    rows = [{'epoch': epoch, 'train_acc': .1 * epoch, 'train_loss': 2., 'val_acc': acc,
+             'val_loss': 1.5} for epoch, acc in ((1, .2), (2, .6), (3, .4))]
     figure = train.draw_curves(rows)
-    assert [axes.get_title() for axes in figure.axes] == ['accuracy', 'mean cross-entropy per image']
+    assert [axes.get_title() for axes in figure.axes] == ['accuracy', 'mean loss per image']
     for axes, value in zip(figure.axes, ('0.600', '1.500')):
-        assert f'best: epoch 2, {value}' in [text.get_text() for text in axes.get_legend().get_texts()]
+        labels = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert f'best: epoch 2, {value}' in labels
     assert figure.axes[0].lines[1].get_ydata().tolist() == [.2, .6, .4]
 
 
@@ -455,7 +529,8 @@ def test_the_confusion_shows_counts_shares_and_a_class_without_images():
     counts[0, 0], counts[0, 9], counts[10, 10] = 3, 1, 5
     axes, = train.draw_confusion(counts).axes
     texts = {(text.get_position(), text.get_text()) for text in axes.texts}
-    assert {((0, 0), '3\n75%'), ((9, 0), '1\n25%'), ((10, 10), '5\n100%'), ((5.0, 3), 'no images of this class')} <= texts
+    assert {((0, 0), '3\n75%'), ((9, 0), '1\n25%'), ((10, 10), '5\n100%'),
+            ((5.0, 3), 'no images of this class')} <= texts
     assert [label.get_text() for label in axes.get_yticklabels()] == list(data.CLASSES)
     assert '88.9%' in axes.get_title()
 
@@ -463,5 +538,16 @@ def test_the_confusion_shows_counts_shares_and_a_class_without_images():
 def test_pictures_of_photographs_have_true_colours():
     blue = np.zeros((1, 128, 128, 3), np.uint8)
     blue[..., 0] = 255  # BGR
-    axes = train.draw_grid(blue, ['Rice'], 2, 'title').axes
-    assert (axes[0].images[0].get_array() == (0, 0, 255)).all() and axes[0].get_title() == 'Rice' and not axes[1].images
+    axes = train.draw_images(blue, ['Rice'], 2, 'heading').axes
+    assert (axes[0].images[0].get_array() == (0, 0, 255)).all()
+    assert axes[0].get_title() == 'Rice' and not axes[1].images
+
+
+def test_the_mistakes_are_the_most_confident_ones_first():
+    val_x = np.zeros((4, 128, 128, 3), np.uint8)
+    probabilities = np.full((4, 11), .01)
+    for i, (label, value) in enumerate([(2, .5), (3, .8), (4, .9), (5, .6)]):
+        probabilities[i, label] = value
+    axes = train.draw_mistakes(val_x, np.array([0, 0, 4, 0]), probabilities).axes
+    titles = [ax.get_title().split('\n')[-1] for ax in axes if ax.get_title()]
+    assert titles == ['Egg 80%', 'Meat 60%', 'Dessert 50%']

@@ -45,12 +45,14 @@ class UserError(Exception):
 
 # ---- Reading the photographs (section 2.2) ---------------------------------------------------
 
-def readfile(path, bad_files=None):
+def readfile(path, failures=None):
     """Reads the labelled photographs in a folder such as food-11/training (section 2.2).
 
     Returns x, uint8 (N, 128, 128, 3), BGR, and y, uint8 (N,), in the sorted order of the names.
-    Raises UserError if there are no photographs, and BadFiles if some files cannot be used. But
-    if a dictionary bad_files is given, those files and the reasons are put into it instead.
+
+    Raises UserError if there are no photographs, or if files cannot be used as photographs. If a
+    dictionary `failures` is given, such files do not raise an error, but are added to it, with the
+    reasons. Their rows of x and y mean nothing then.
     """
     image_files = list_images(path)
     x = np.zeros((len(image_files), image_size, image_size, 3), dtype=np.uint8)
@@ -60,26 +62,26 @@ def readfile(path, bad_files=None):
         x[i] = read_image(image_files[i])
         y[i] = label_of(image_files[i], path)
 
-    # The book's loop: read(i) for each i, but on all CPU cores.
-    failures = on_all_cores(read, image_files)
-    if bad_files is not None:
-        bad_files.update(failures)
-    elif failures:
-        raise BadFiles(failures)
+    # The book's loop, for i in range(len(image_files)): read(i), but on all CPU cores.
+    new_failures = on_all_cores(read, image_files)
+    if failures is not None:
+        failures.update(new_failures)
+    elif new_failures:
+        raise UserError(bad_files_message(new_failures))
     return x, y
 
 
 def read_food11(folder):
     """Returns train_x, train_y, val_x and val_y, as readfile reads them.
 
-    Raises UserError; the files of both folders that cannot be used come in one BadFiles.
+    Raises UserError. Its message lists all files of both folders that cannot be used.
     """
     check_classes()
-    bad_files = {}
-    train_x, train_y = readfile(os.path.join(folder, 'training'), bad_files)
-    val_x, val_y = readfile(os.path.join(folder, 'validation'), bad_files)
-    if bad_files:
-        raise BadFiles(bad_files)
+    failures = {}
+    train_x, train_y = readfile(os.path.join(folder, 'training'), failures)
+    val_x, val_y = readfile(os.path.join(folder, 'validation'), failures)
+    if failures:
+        raise UserError(bad_files_message(failures))
     return train_x, train_y, val_x, val_y
 
 
@@ -88,16 +90,16 @@ def read_image(file):
 
     Raises OSError if the file cannot be opened, ValueError if it holds no complete image.
     """
-    # The book's cv2.imread cannot open a path with Chinese characters on Windows. It gives the
-    # same pixels.
+    # The book's cv2.imread cannot open a path with Chinese characters on Windows. Therefore NumPy
+    # reads the bytes, and cv2.imdecode turns them into the same pixels.
     file_bytes = np.fromfile(file, dtype=np.uint8)
     if len(file_bytes) == 0:
         raise ValueError('empty file')
     try:
         img = cv2.imdecode(file_bytes, cv2.IMREAD_COLOR)
-    except cv2.error:
-        # OpenCV refuses images of more than 2**30 pixels in this way.
-        raise ValueError('too large for OpenCV') from None
+    except cv2.error as error:
+        # For example, an image that is too large. For most unreadable files imdecode returns None.
+        raise ValueError(f'OpenCV cannot read it ({error.err})') from None
     if img is None:
         raise ValueError('not an image that OpenCV can read, or cut off')
     return cv2.resize(img, (image_size, image_size))
@@ -134,7 +136,7 @@ def label_of_class_folder(name):
 
 def simplified(name):
     """A name without upper case, spaces and punctuation: Noodles-Pasta equals Noodles/Pasta."""
-    # NFKC: characters that Unicode can write in several ways are written in one way.
+    # NFKC: in Unicode, é can be one character, or e and an accent. Afterwards it is one.
     name = unicodedata.normalize('NFKC', name).casefold()
     return ''.join(character for character in name if character.isalnum())
 
@@ -143,16 +145,17 @@ def check_classes():
     """Raises UserError if two CLASSES have the same simplified name, or there are too many."""
     names = {}
     for name in CLASSES:
-        other = names.setdefault(simplified(name), name)
-        if other is not name:
-            raise UserError(f'CLASSES has {other!r} and {name!r}, which differ in case or '
-                            'punctuation only: their folders could not be told apart')
+        key = simplified(name)
+        if key in names:
+            raise UserError(f'CLASSES has {names[key]!r} and {name!r}: folders with these names '
+                            'cannot be told apart, as only letters and digits count')
+        names[key] = name
     if len(CLASSES) > 256:
         raise UserError(f'CLASSES has {len(CLASSES)} names, but labels are uint8: at most 256')
 
 
 def list_images(path):
-    """The photographs in a folder, or in subfolders of it (one for each class), sorted by name.
+    """The photographs in a folder and in its subfolders (one for each class), sorted by name.
 
     Raises UserError if the folder is missing or holds no photograph.
     """
@@ -169,17 +172,18 @@ def list_images(path):
     if not image_files:
         raise UserError(f'no photographs in {path}: it should hold files such as 0_0.jpg '
                         '(see food-11/README.md)')
-    # As strings, which the book sorts: paths would be sorted without regard to case on Windows.
+    # Sorted as strings, as in the book. Windows would sort paths without regard to case.
     return sorted(image_files, key=str)
 
 
 def is_image(file):
-    """Whether a file (or folder) is to be read as a photograph.
+    """Whether something in a folder is to be read as a photograph.
 
-    Files of unknown type are: a damaged photograph must be reported, not left out in silence.
+    That is every file, except hidden ones and those of the types below. A list of image types
+    instead would leave out photographs with an unusual ending, and nobody would notice.
     """
-    # Windows makes Thumbs.db and desktop.ini; macOS makes hidden files such as ._0_0.jpg.
-    not_images = {'.csv', '.db', '.html', '.ini', '.json', '.md', '.py', '.txt', '.zip'}
+    # Notes and tables that people keep beside photographs; Windows makes .db and .ini files.
+    not_images = {'.csv', '.db', '.ini', '.json', '.md', '.txt'}
     if file.name.startswith('.') or file.suffix.lower() in not_images:
         return False
     return not file.is_dir()
@@ -217,26 +221,24 @@ def silence_opencv():
         cv2.utils.logging.setLogLevel(0)
 
 
-class BadFiles(UserError):
-    """The files that cannot be used, in one message. reasons: a dictionary {file: reason}."""
-
-    def __init__(self, reasons):
-        lines = [f'{file}: {reason}' for file, reason in sorted(reasons.items())]
-        if len(lines) == 1:
-            super().__init__(f'{lines[0]}; repair or delete this file')
-            return
-        heading = f'{len(lines)} files cannot be used; repair or delete them:'
-        shown = lines[:10]
-        if len(lines) > 10:
-            shown.append(f'and {len(lines) - 10} more')
-        super().__init__('\n  '.join([heading, *shown]))
+def bad_files_message(failures):
+    """What to tell the user about files that cannot be used. failures: {file: reason}."""
+    lines = [f'{file}: {reason}' for file, reason in sorted(failures.items())]
+    if len(lines) == 1:
+        return f'{lines[0]}; repair or delete this file'
+    heading = f'{len(lines)} files cannot be used; repair or delete them:'
+    shown = lines[:10]
+    if len(lines) > 10:
+        shown.append(f'and {len(lines) - 10} more')
+    return '\n  '.join([heading, *shown])
 
 
 def missing_folder_message(path):
     """What to tell the user if the folder `path` does not exist."""
-    # The archive may have been unpacked one folder too deep ...
+    # The archive may have been unpacked one folder too deep: there is food-11/food-11/training
+    # instead of food-11/training.
     similar = list(path.parent.glob(f'*/{path.name}'))
-    # ... or --data-dir may name the folder training itself.
+    # Or --data-dir food-11/training was given, and food-11/training/training is missing.
     similar += path.parent.parent.glob(path.name)
     if similar:
         return f'no folder {path.absolute()}: did you mean --data-dir "{similar[0].parent}"?'
@@ -247,42 +249,29 @@ def missing_folder_message(path):
 
 # ---- Dataset and batches (section 2.2) -------------------------------------------------------
 
-# The channels of the images are in OpenCV's order, BGR: remember that for ColorJitter or Normalize.
-train_transform = transforms.Compose([
-    transforms.ToPILImage(),
-    transforms.RandomHorizontalFlip(),
-    transforms.RandomRotation(15),  # by up to 15 degrees in either direction
-    transforms.ToTensor(),          # uint8 [128, 128, 3] in 0..255 -> float32 [3, 128, 128] in 0..1
-])
-
-test_transform = transforms.Compose([
-    transforms.ToPILImage(),
-    transforms.ToTensor(),
-])
-
-
 class ImgDataset(Dataset):
     """Images, with labels or without (section 2.2). An item is the transformed image and its
     label, or the image alone if there are no labels.
 
     x: uint8 (N, 128, 128, 3), BGR. y: N labels, or None. transform: a function of one image.
 
-    At first a random transform gives another result each time, as in the book. After a call of
-    set_epoch, its result depends on seed, epoch and index only, so that a run can be repeated.
-    That holds for transforms that use PyTorch's random numbers, as those of torchvision do.
+    At first, a random transform gives a different result each time, as in the book. After a call
+    of set_epoch, its result depends on seed, epoch and index only, so that a run can be repeated.
+    This works for transforms that use PyTorch's random numbers, as torchvision's do.
     """
 
     NO_EPOCH = -1
 
     def __init__(self, x, y=None, transform=None, seed=0):
-        # As a tensor: PyTorch can share it with worker processes, without a copy for each.
+        # As a tensor, because PyTorch can share tensors with worker processes.
+        # ascontiguousarray: PyTorch does not accept arrays such as x[::-1] as they are.
         self.x = torch.as_tensor(np.ascontiguousarray(x))
         self.y = None
         if y is not None:
             self.y = torch.as_tensor(y, dtype=torch.long)
         self.transform = transform
         self.seed = seed
-        # In memory that worker processes share: they must see it when set_epoch changes it.
+        # In shared memory, because worker processes must see it when set_epoch changes it.
         self.epoch = torch.tensor(self.NO_EPOCH).share_memory_()
 
     def set_epoch(self, epoch):
@@ -301,40 +290,59 @@ class ImgDataset(Dataset):
         return img, self.y[index]
 
     def apply_transform(self, img, index):
+        """The transformed image. Once an epoch is set, it is the same each time."""
         epoch = self.epoch.item()
         if epoch == self.NO_EPOCH:
             return self.transform(img)
-        # The hash of some numbers is another number, the same in every process.
-        # % : an index of -1 is that of the last image.
+        # One seed from three numbers: Python's hash of numbers is the same in every process.
+        # An index of -1 stands for the last image, therefore % len(self).
         image_seed = hash((self.seed, epoch, index % len(self)))
-        # fork_rng gives PyTorch's random numbers back afterwards, as if nothing had happened.
-        # devices=[]: those of the CPU, which are all that transforms use.
+        # After the with-block, PyTorch's random generator goes on as if this had not happened.
+        # devices=[]: only the CPU's generator is used here.
         with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would seed the generators of all GPUs as well.
             torch.default_generator.manual_seed(image_seed)
             return self.transform(img)
+
+
+# The channels of the images are in OpenCV's order, BGR. That matters for ColorJitter or Normalize.
+train_transform = transforms.Compose([
+    transforms.ToPILImage(),
+    transforms.RandomHorizontalFlip(),
+    transforms.RandomRotation(15),  # by up to 15 degrees in either direction
+    transforms.ToTensor(),          # float32 [3, 128, 128], in 0..1
+])
+
+test_transform = transforms.Compose([
+    transforms.ToPILImage(),
+    transforms.ToTensor(),
+])
 
 
 def make_loaders(train_set, val_set, images_per_step, workers=0, pin_memory=False,
                  world_size=1, rank=0, seed=0):
     """The book's train_loader, which shuffles, and its val_loader, which does not.
 
-    Call set_epoch(train_loader, epoch) before each epoch: it decides on the order of the images.
-    images_per_step: the batch size; world_size processes share such a batch equally.
+    images_per_step: the book's batch_size. If several processes train together, they share it.
     workers: how many processes prepare the training batches; 0: the main process does it.
-    world_size, rank: for several processes that train together (see chapter2_2_train.py): how
-    many there are, and the number of this one, counted from 0.
+    pin_memory: whether to keep batches in memory from which a CUDA GPU can copy them faster.
+    world_size, rank: how many processes train together, and the number of this one, counted from
+    0 (see chapter2_2_train.py). seed: for the shuffling.
+
+    Call set_epoch(train_loader, epoch) before each epoch, or all epochs have the same order.
     """
-    # The book's shuffle=True: the sampler shuffles too, but its order can be repeated, and it
-    # gives each process other images.
+    # The sampler does what shuffle=True does in the book. But its order can be repeated, and of
+    # several processes, each gets a different part of the images.
     sampler = DistributedSampler(train_set, num_replicas=world_size, rank=rank, shuffle=True,
                                  seed=seed)
-    # How worker processes are started. None: as is usual on this system.
+    # How workers are started; None stands for the system's default.
     start_method = None
     if workers > 0 and sys.platform == 'linux':
-        # Forked processes see the images without shared memory, of which Docker gives little.
+        # Forked workers can read the images in the memory of the main process. Otherwise the
+        # images would have to be in shared memory, and in Docker that is small.
         start_method = 'fork'
     images_per_process = images_per_step // world_size
-    # as_bytes only saves time: in the end the network gets the same numbers.
+    # as_bytes only saves time. The network gets the same numbers as without it.
     train_loader = DataLoader(as_bytes(train_set), batch_size=images_per_process, sampler=sampler,
                               num_workers=workers, pin_memory=pin_memory,
                               persistent_workers=workers > 0, multiprocessing_context=start_method)
@@ -343,39 +351,46 @@ def make_loaders(train_set, val_set, images_per_step, workers=0, pin_memory=Fals
 
 
 def set_epoch(train_loader, epoch):
-    """Decides on the order and the augmentation of the images in the epoch that comes next."""
+    """Sets the order and the augmentation of the images in the next epoch."""
     train_loader.sampler.set_epoch(epoch)
     train_loader.dataset.set_epoch(epoch)
 
 
 def as_bytes(dataset):
-    """The same dataset, but with images of uint8 (128, 128, 3) in 0..255 where that is possible.
+    """The same dataset, but its images are uint8 (128, 128, 3) in 0..255, if that is possible.
 
-    ToTensor makes float32 of the bytes, which is four times as much to send to the GPU. So this
-    step is left out here, and to_input does it on the GPU. Only if ToTensor is not the last step
-    (but Normalize, say), all is done here, and float32 is sent.
+    The last step, ToTensor, makes float32 of the bytes of an image: four times as much to send to
+    the GPU. So the images are sent as bytes, and to_input does this step on the GPU. If the last
+    step is a different one, such as Normalize, the dataset is returned as it is.
     """
-    steps = getattr(dataset.transform, 'transforms', None)
-    if not steps or not isinstance(steps[-1], transforms.ToTensor):
+    steps = getattr(dataset.transform, 'transforms', [None])
+    from_pil_to_tensor = (isinstance(steps[0], transforms.ToPILImage)
+                          and isinstance(steps[-1], transforms.ToTensor))
+    if not from_pil_to_tensor:
         return dataset
-    # A shallow copy: it has another transform, and the same images, labels and epoch.
+    # A shallow copy: only the transform differs.
     dataset = copy.copy(dataset)
-    dataset.transform = transforms.Compose([*steps[:-1], np.array])
+    dataset.transform = transforms.Compose([*steps[:-1], pil_to_bytes])
     return dataset
+
+
+def pil_to_bytes(img):
+    """A PIL image as uint8 (128, 128, 3), or (128, 128, 1) if it is grey."""
+    return np.atleast_3d(np.array(img))
 
 
 def to_input(x, device):
     """Brings a batch of images to the device, as float32 (N, 3, 128, 128)."""
     x = to_device(x, device)
     if x.dtype == torch.uint8:
-        # What ToTensor does, and as_bytes has left out: channels first, numbers in 0..1.
+        # From as_bytes. This is what ToTensor does: channels first, numbers in 0..1.
         x = x.permute(0, 3, 1, 2) / 255
     return x
 
 
 def to_device(tensor, device):
-    """Copies a tensor to the device; to a CUDA GPU without waiting until the copy is complete."""
-    # For other devices PyTorch does not make sure that the copy is complete when it is used.
+    """Copies a tensor to the device."""
+    # non_blocking: Python does not wait until the copy is complete. With CUDA that is safe.
     return tensor.to(device, non_blocking=device.type == 'cuda')
 
 
@@ -395,7 +410,7 @@ def show_sample(axes, train_set, index):
     """The book's sample: one training image, with its label as title, on matplotlib axes."""
     img, label = train_set[index]
     axes.imshow(to_rgb(img))
-    axes.set_title(f'{label}: {CLASSES[label]}')
+    axes.set_title(f'{label.item()}: {CLASSES[label]}')
     axes.set_xlabel(f'train_set[{index}]')
     axes.set_xticks([])
     axes.set_yticks([])
@@ -405,40 +420,47 @@ def to_rgb(img):
     """A float (3, H, W) BGR tensor as a (H, W, 3) RGB array, which is what matplotlib shows."""
     img = img.permute(1, 2, 0)  # [128, 128, 3]
     img = img.flip(2)           # BGR -> RGB
+    # After a step such as Normalize, there are numbers outside of 0..1.
     return img.clamp(0, 1).numpy()
 
 
 def show_classes(axes, train_set, augmentations=4):
-    """A grid with a column for each class: its first image, and augmentations of that below."""
-    plain_set = ImgDataset(train_set.x, train_set.y, test_transform)
-    blank = torch.ones(3, image_size, image_size)
+    """A grid with a column for each class: the class's first image at the top, and under it the
+    same image, augmented several times."""
     first_images = [first_of_class(train_set.y, label) for label in range(len(CLASSES))]
+    plain_set = ImgDataset(train_set.x, train_set.y, test_transform)
+    datasets = [plain_set] + [train_set] * augmentations
+    white = torch.ones(3, image_size, image_size)
     cells = []
-    for row in range(1 + augmentations):
-        dataset = train_set
-        if row == 0:
-            dataset = plain_set
+    for dataset in datasets:
         for index in first_images:
-            img = blank
+            img = white
             if index is not None:
                 img, _ = dataset[index]
             cells.append(img)
     margin = 8  # pixels between the images
-    grid = make_grid(cells, nrow=len(CLASSES), padding=margin, pad_value=1)
+    grid = make_grid(cells, nrow=len(CLASSES), padding=margin, pad_value=1)  # 1: white
     axes.imshow(to_rgb(grid))
 
-    # The names of columns and rows stand at the centres of the images.
-    centres = margin + image_size / 2 + (margin + image_size) * np.arange(len(cells))
-    names = []
+    column_names = []
     for label, index in enumerate(first_images):
+        # Long names are written on several lines.
         name = CLASSES[label].replace(' ', '\n').replace('/', '/\n')
         if index is None:
             name += '\n(none)'
-        names.append(f'{label}\n{name}')
+        column_names.append(f'{label}\n{name}')
+    row_names = ['as it is'] + ['augmented'] * augmentations
+    label_grid(axes, column_names, row_names, margin)
+
+
+def label_grid(axes, column_names, row_names, margin):
+    """Writes names above the columns and beside the rows of a grid of images."""
+    first_centre = margin + image_size / 2
+    distance = margin + image_size
     axes.xaxis.tick_top()
-    axes.set_xticks(centres[:len(CLASSES)], names, fontsize=8)
-    axes.set_yticks(centres[:1 + augmentations], ['as it is'] + ['augmented'] * augmentations,
+    axes.set_xticks(first_centre + distance * np.arange(len(column_names)), column_names,
                     fontsize=8)
+    axes.set_yticks(first_centre + distance * np.arange(len(row_names)), row_names, fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
@@ -476,7 +498,7 @@ def show_preview(train_set, index, file=None):
         plt.show()
         return
     file = Path(file or 'chapter2_1_data.png')
-    # A name without an ending gets no ending.
+    # Without a format, savefig would add .png to a name that has no ending.
     picture_format = file.suffix[1:] or 'png'
     try:
         figure.savefig(file, dpi=100, format=picture_format)
@@ -537,7 +559,8 @@ def make_demo():
 
 def run_script(main):
     """Calls a script's main. A UserError ends in a message on stderr and exit status 1."""
-    # A file that Windows redirects stdout into may lack the characters of a path.
+    # If stdout goes into a file on Windows, its encoding may lack characters of a path. They are
+    # then written as \\u7c73, say.
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')
     signal.signal(signal.SIGINT, interrupt)
@@ -545,7 +568,7 @@ def run_script(main):
     try:
         main()
     except (UserError, OSError) as error:
-        # OSError: files and folders that cannot be read or written; its text names them.
+        # OSError: a file or folder cannot be read or written. Its text says which one.
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
@@ -553,10 +576,10 @@ def run_script(main):
 
 
 def interrupt(number, frame):
-    """Handles Ctrl-C (SIGINT) and the system's request to end (SIGTERM): KeyboardInterrupt.
+    """Turns Ctrl-C (SIGINT) and the system's request to end (SIGTERM) into a KeyboardInterrupt.
 
-    Later signals are ignored, so that they do not interrupt the script while it says what is
-    saved: torchrun, for one, sends SIGTERM after a Ctrl-C.
+    More signals are then ignored, so that the script can say in peace what it has saved. torchrun,
+    for example, sends SIGTERM after a Ctrl-C.
     """
     signal.signal(signal.SIGINT, ignore)
     signal.signal(signal.SIGTERM, ignore)
@@ -564,7 +587,8 @@ def interrupt(number, frame):
 
 
 def ignore(number, frame):
-    """Handles a signal by doing nothing."""
+    """A signal handler that does nothing."""
+    # With signal.SIG_IGN in its place, Python complains about a signal that has just arrived.
 
 
 if __name__ == '__main__':

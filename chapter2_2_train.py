@@ -47,18 +47,18 @@ learning_rate = 0.001
 # The demo has few images. With the book's settings its accuracy jumps up and down.
 DEMO_SETTINGS = {'epochs': 5, 'batch_size': 16, 'lr': 0.0001}
 
-# A run saves its state after so many seconds, or after every epoch if epochs take longer.
+# How often a run writes checkpoints, in seconds. If an epoch takes longer: after every epoch.
 save_seconds = 60
 
 
 # ---- The network (section 2.3) ---------------------------------------------------------------
 
 class Classifier(nn.Module):
-    """The book's network. It gives images, float (N, 3, 128, 128), BGR, scores, float (N, 11)."""
+    """The book's network. Input: images, float (N, 3, 128, 128), BGR. Output: scores (N, 11)."""
 
     def __init__(self):
         super().__init__()
-        # At the end of the lines: the shape of what the layer gives. The input is [3, 128, 128].
+        # At the end of a line: the shape of the layer's output. The input is [3, 128, 128].
         self.convolution = nn.Sequential(
             nn.Conv2d(3, 64, 3, 1, 1),     # [64, 128, 128]
             nn.BatchNorm2d(64),
@@ -144,7 +144,7 @@ def train_epoch(model, train_loader, loss, optimizer, device, autocast, scaler, 
 def evaluate(model, val_loader, device, autocast, title=''):
     """Returns the accuracy and the mean loss per image on the validation images (section 2.4).
 
-    The loss is the cross-entropy, also if the training uses another loss: so that runs can be
+    The loss is always the cross-entropy, even if the training uses a different one. So runs can be
     compared.
     """
     model.eval()
@@ -164,10 +164,12 @@ def evaluate(model, val_loader, device, autocast, title=''):
 
 
 def accuracy_and_loss(correct, loss_sum, image_count):
-    """Divides the sums by the number of images; if several processes train, over all of them."""
+    """Divides the sums by the number of images.
+
+    If several processes train together, the sums of all processes are added up first.
+    """
     totals = torch.stack([correct, loss_sum, torch.full_like(correct, image_count)])
     if distributed.is_initialized():
-        # Adds up the totals of all processes, in each of them.
         distributed.all_reduce(totals)
     total_correct, total_loss, total_images = totals.tolist()
     return total_correct / total_images, total_loss / total_images
@@ -176,24 +178,26 @@ def accuracy_and_loss(correct, loss_sum, image_count):
 def train(model, train_loader, val_loader, loss, optimizer, device, autocast, scaler, run):
     """The book's loop: train, evaluate, print, save (section 2.4).
 
-    run: a Run, whose history tells how many epochs have been trained before.
+    run: a Run. Its history says how many epochs have been trained before.
     Raises UserError if the loss is not a finite number any more.
     """
     epochs = run.settings['epochs']
-    # The same network and weights; several processes share their gradients in it.
+    # With one process, this is the model. With several, it is the model too, but wrapped so that
+    # backward() averages the gradients of all processes.
     parallel_model = share_gradients(model, device)
     for epoch in range(len(run.history) + 1, epochs + 1):
         start_time = time.perf_counter()
         title = f'[{epoch:03d}/{epochs:03d}]'
-        # All random numbers of an epoch depend on its number: a resumed run gets the same ones.
+        # Random numbers depend on the number of the epoch, so a resumed run gets the same ones.
         data.set_epoch(train_loader, epoch)
-        # Those of layers such as Dropout.
+        # This seed is for layers that use random numbers, such as Dropout.
         torch.manual_seed(run.settings['seed'] + epoch)
-        # This is the place for a learning-rate schedule: optimizer.param_groups[0]['lr'] = ...
+        # A learning-rate schedule belongs here: optimizer.param_groups[0]['lr'] = ...
         # If it is computed from `epoch`, it is right in a resumed run as well.
 
         train_acc, train_loss = train_epoch(parallel_model, train_loader, loss, optimizer,
                                             device, autocast, scaler, title)
+        # With several processes: the same batch norm in all of them. With one, this does nothing.
         share_batch_norm(model)
         val_acc, val_loss = evaluate(model, val_loader, device, autocast, f'{title} validation')
 
@@ -206,7 +210,8 @@ def train(model, train_loader, val_loader, loss, optimizer, device, autocast, sc
         # A row of history.csv; more columns can be added.
         row = {'epoch': epoch, 'seconds': seconds, 'train_acc': train_acc,
                'train_loss': train_loss, 'val_acc': val_acc, 'val_loss': val_loss}
-        run.add_epoch(row, model, optimizer)
+        run.add_epoch(row, model)
+        run.save_if_due(model, optimizer, scaler)
 
 
 # ---- The script ------------------------------------------------------------------------------
@@ -225,7 +230,7 @@ def main():
     run.settings = choose_settings(args, checkpoint, world_size)
     batch_size = run.settings['batch_size']
     seed = run.settings['seed']
-    workers = choose_workers(args.workers, device, batch_size)
+    workers = choose_workers(args.workers, device, batch_size, rank)
     if rank == 0:
         print_hardware(device, args.device, run.settings, workers, world_size)
 
@@ -234,13 +239,14 @@ def main():
         make_demo_once()
     train_x, train_y, val_x, val_y = data.read_food11(run.settings['data_dir'])
     train_set = data.ImgDataset(train_x, train_y, data.train_transform, seed)
-    # Every process evaluates other images: every world_size-th, starting from number rank.
+    # Each process evaluates its own part of the images. With one process, that is all of them.
     val_set = data.ImgDataset(val_x[rank::world_size], val_y[rank::world_size],
                               data.test_transform)
     train_loader, val_loader = data.make_loaders(
         train_set, val_set, batch_size, workers=workers, pin_memory=device.type == 'cuda',
         world_size=world_size, rank=rank, seed=seed)
-    val_batches = keep_on_gpu(val_loader, device)
+    # With a GPU, val_loader becomes a list of batches that stay on the GPU.
+    val_loader = keep_on_gpu(val_loader, device)
 
     # The network (section 2.3)
     torch.manual_seed(seed)
@@ -249,16 +255,17 @@ def main():
     # fused: updates all weights at once, which is faster on a GPU.
     optimizer = torch.optim.Adam(model.parameters(), lr=run.settings['lr'],
                                  fused=device.type == 'cuda')
-    if checkpoint is not None:
-        load_weights(model, checkpoint, run.folder / 'last.pt')
-        load_optimizer(optimizer, checkpoint, run.folder / 'last.pt')
 
     # The training (section 2.4)
     autocast, scaler = mixed_precision(device, run.settings['no_amp'])
+    if checkpoint is not None:
+        load_checkpoint_into(model, optimizer, scaler, checkpoint, run.folder / 'last.pt')
     tune_pytorch(device, batch_size)
+    # The folder is made now, when nothing can be wrong with the settings or the data any more.
     run.start()
+    # Says what is saved if the training is interrupted or runs out of memory.
     with explained_errors(run, device):
-        train(model, train_loader, val_batches, loss, optimizer, device, autocast, scaler, run)
+        train(model, train_loader, val_loader, loss, optimizer, device, autocast, scaler, run)
         if rank == 0:
             report(run.folder, val_x, val_y, batch_size, device, autocast)
     if world_size > 1:
@@ -281,7 +288,7 @@ def parse_arguments():
     data.add_data_arguments(parser)
     demo = DEMO_SETTINGS
     parser.add_argument('--epochs', type=int, metavar='N',
-                        help='how often to train on all training images '
+                        help='how many times to train on all training images '
                         f'(default: {num_epoch}; with --demo {demo["epochs"]})')
     parser.add_argument('--batch-size', type=int, metavar='N',
                         help='images in a training step, of all processes together '
@@ -293,7 +300,7 @@ def parse_arguments():
                         help='the same seed gives the same numbers on the CPU (default: 0)')
     parser.add_argument('--no-amp', action='store_const', const=True,
                         help='no automatic mixed precision: compute with 32 bits (default: with '
-                        '16 bits where the hardware is faster then)')
+                        '16 bits where that is faster)')
     parser.add_argument('--workers', type=int, metavar='N',
                         help='processes that prepare training batches; 0: the main process '
                         'does it (default: for a GPU the number of CPU cores minus 1, at most '
@@ -355,14 +362,17 @@ def choose_settings(args, checkpoint, world_size):
     settings = {**defaults, **saved, **given}
     if settings['batch_size'] % world_size != 0:
         raise UserError(f'{world_size} processes cannot share batches of {settings["batch_size"]} '
-                        'images equally: give another --batch-size, or torchrun another '
-                        '--nproc-per-node')
+                        'images equally: choose a different --batch-size, or start torchrun with '
+                        'a different --nproc-per-node')
     return settings
 
 
 def refuse_other_settings(folder, given, checkpoint):
     """Raises UserError if the given settings would change the training of the run in `folder`."""
+    # data_dir may be different, as the photographs may have been moved. The demo is no such case.
     saved = checkpoint['settings']
+    if given.get('data_dir') == data.demo_dir and saved['data_dir'] != data.demo_dir:
+        raise UserError(f'the run in {folder} was not trained on the demo: leave --demo out')
     for name in ('batch_size', 'lr', 'seed', 'no_amp'):
         if name in given and given[name] != saved[name]:
             raise UserError(f'the run in {folder} has {option_of(name)} {saved[name]} and cannot '
@@ -386,7 +396,7 @@ def pick_device(name):
         name = 'cpu'
         if torch.accelerator.is_available():
             found = torch.accelerator.current_accelerator().type
-            # On GPUs other than CUDA's, several processes cannot train together.
+            # On GPUs without CUDA, several processes cannot train together.
             if found == 'cuda' or not with_torchrun:
                 name = found
     if name == 'cuda' and with_torchrun:
@@ -394,7 +404,7 @@ def pick_device(name):
         name = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
         device = torch.device(name)
-        # Some devices fail only when they are to compute something.
+        # Some devices fail only when they have to compute something.
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         # PyTorch raises any of these, depending on the kind of device.
@@ -449,8 +459,8 @@ def mixed_precision(device, no_amp):
     autocast = contextlib.nullcontext()
     if dtype != torch.float32:
         autocast = torch.autocast(device.type, dtype)
-    # float16 has no numbers as small as many gradients are. The scaler makes them larger, and
-    # undoes that before the step.
+    # Many gradients are too small for float16 and would become 0. The scaler multiplies the loss,
+    # and divides the gradients again before the step.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return autocast, scaler
 
@@ -464,7 +474,7 @@ def available_cores():
     return max(1, cores // processes_here)
 
 
-def choose_workers(wanted, device, batch_size):
+def choose_workers(wanted, device, batch_size, rank):
     """How many worker processes prepare the training batches. wanted: what --workers says."""
     if wanted is not None:
         return wanted
@@ -476,14 +486,16 @@ def choose_workers(wanted, device, batch_size):
         # On Windows each worker reserves gigabytes of the page file.
         workers = min(workers, 4)
     if os.path.isdir('/dev/shm'):
-        # Batches travel through shared memory, of which Docker gives 64 MB only. For each worker
-        # it must hold four: two that wait, one in the making, and one in use.
+        # Workers send batches through shared memory, and Docker provides only 64 MB of that. For
+        # each worker there must be room for four: two waiting, one being made, and one in use.
+        # (All processes of a run share the memory, but they share the batches as well.)
         batch_bytes = 3 * data.image_size ** 2 * batch_size
         possible = shutil.disk_usage('/dev/shm').free // (4 * batch_bytes)
         if possible < workers:
-            print(f'{possible} instead of {workers} loader workers, as /dev/shm is small: '
-                  'docker run --shm-size 2g makes it larger', file=sys.stderr)
             workers = possible
+            if rank == 0:
+                print(f'only {workers} loader workers, because /dev/shm is small: '
+                      'docker run --shm-size 2g makes it larger', file=sys.stderr)
     return workers
 
 
@@ -505,9 +517,9 @@ def tune_pytorch(device, batch_size):
 def keep_freed_memory(batch_size):
     """Lets the C library keep the memory that a training step frees, for the next step.
 
-    Otherwise Linux takes it back and fills it with zeros for every step anew: up to 40% of the
-    time of training on the CPU. With this, the process needs up to 70% more memory, so it is done
-    only where there is plenty.
+    Otherwise Linux takes it back, and has to fill it with zeros before the next step can use it:
+    up to 40% of the time of training on the CPU. With this, the process needs up to 70% more
+    memory, so it is done only where there is plenty.
     """
     memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')  # bytes
     # A container may have less: the file holds a number of bytes, or "max".
@@ -516,7 +528,8 @@ def keep_freed_memory(batch_size):
         text = container_limit.read_text().strip()
         if text.isdecimal():
             memory = min(memory, int(text))
-    # Twice what the training was seen to use for an image of a batch.
+    # The training was seen to use 3000 bytes for each pixel of each image in a batch. Twice that
+    # is on the safe side.
     bytes_per_pixel = 6000
     needed = bytes_per_pixel * data.image_size ** 2 * batch_size
     c_library = ctypes.CDLL(None)
@@ -547,11 +560,14 @@ def join_processes(device):
     else:
         # torchrun has limited each process to one thread.
         torch.set_num_threads(available_cores())
-    # The store is where processes leave their addresses for each other.
+    # The processes leave their addresses for each other in the store. env://: torchrun has put
+    # into environment variables where that is.
     store, rank, world_size = next(distributed.rendezvous('env://'))
-    if os.environ['GROUP_WORLD_SIZE'] == '1':
-        # On one machine torchrun can restart the processes (--max-restarts). The store still has
-        # the addresses of the dead ones then, so each attempt uses other names in it.
+    machines = os.environ['GROUP_WORLD_SIZE']
+    if machines == '1':
+        # torchrun can restart the processes (--max-restarts). The store then still contains the
+        # addresses of the dead ones, so each attempt puts a different prefix before its own.
+        # Several machines may count their attempts differently, so they cannot do that.
         attempt = os.environ['TORCHELASTIC_RESTART_COUNT']
         store = distributed.PrefixStore(attempt, store)
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
@@ -619,7 +635,7 @@ class Run:
     folder: a Path, or None until start() has chosen one.
     rank: the number of this process.
     settings: a dictionary, see choose_settings. It must be set before start().
-    history: a dictionary of results for each epoch that has been trained.
+    history: a list with a dictionary for each trained epoch, which is a row of history.csv.
     """
 
     def __init__(self, out, rank):
@@ -633,7 +649,7 @@ class Run:
         # The best validation accuracy so far, and its weights until they are written.
         self.best_acc = -1.0
         self.best_checkpoint = None
-        # When last.pt was written.
+        # When last.pt was written, or this object was made.
         self.saved_time = time.monotonic()
 
     def find_checkpoint(self, resume):
@@ -683,14 +699,15 @@ class Run:
             write_text(self.folder / 'settings.json', json.dumps(self.settings, indent=1) + '\n')
             if self.history:
                 print(f'resumed from epoch {len(self.history)} in {self.folder}', file=sys.stderr)
-                # If the run was killed right after last.pt was written, these files are older.
+                # If the run was killed right after last.pt was written, history.csv and
+                # curves.png are older than that.
                 self.write_history()
             else:
                 print(f'the folder of the run is {self.folder}', file=sys.stderr)
         self.folder = broadcast(self.folder)
 
-    def add_epoch(self, row, model, optimizer):
-        """Adds the results of an epoch to the history, and saves the run if it is time for that.
+    def add_epoch(self, row, model):
+        """Adds the results of an epoch to the history, and keeps the weights if they are the best.
 
         Raises UserError if the loss is not finite.
         """
@@ -699,28 +716,29 @@ class Run:
                             f'{self.describe_saved()}. Start a new run with a lower --lr, or with '
                             '--no-amp')
         self.history.append(row)
-        if self.rank > 0:
-            return
         if row['val_acc'] > self.best_acc:
             self.best_acc = row['val_acc']
             self.best_checkpoint = copy.deepcopy(weights_checkpoint(model))
-        # Saving can take as long as an epoch on a fast GPU, so not every epoch is saved: only if
-        # after the next one more than save_seconds would have passed.
-        seconds_then = time.monotonic() + row['seconds'] - self.saved_time
-        finished = len(self.history) == self.settings['epochs']
-        if finished or seconds_then > save_seconds:
-            self.save(model, optimizer)
 
-    def save(self, model, optimizer):
+    def save_if_due(self, model, optimizer, scaler):
+        """Saves the run after its last epoch, and when its last checkpoint is becoming too old."""
+        # Saving can take as long as an epoch on a fast GPU, so not every epoch is saved.
+        age_after_next_epoch = time.monotonic() - self.saved_time + self.history[-1]['seconds']
+        finished = len(self.history) == self.settings['epochs']
+        if self.rank == 0 and (finished or age_after_next_epoch > save_seconds):
+            self.save(model, optimizer, scaler)
+
+    def save(self, model, optimizer, scaler):
         """Writes best.pt, last.pt, history.csv and curves.png."""
-        # best.pt first. If the run is killed before last.pt is written, it is continued from an
-        # earlier epoch, and finds the same best weights again.
+        # best.pt first: if the run is killed before last.pt is written, it will be continued from
+        # an earlier epoch, and reach the epoch of best.pt again.
         if self.best_checkpoint is not None:
             if write_checkpoint(self.folder / 'best.pt', self.best_checkpoint):
                 self.best_checkpoint = None
         checkpoint = weights_checkpoint(model)
         checkpoint['optimizer_class'] = type(optimizer).__name__
         checkpoint['optimizer'] = optimizer.state_dict()
+        checkpoint['scaler'] = scaler.state_dict()
         checkpoint['settings'] = self.settings
         checkpoint['history'] = self.history
         write_checkpoint(self.folder / 'last.pt', checkpoint)
@@ -763,7 +781,8 @@ def next_free_folder():
 
 @contextlib.contextmanager
 def explained_errors(run, device):
-    """If the training in the with-block is ended from outside, says why, and how to continue."""
+    """If the training in the with-block is interrupted, or there is too little memory for it, says
+    so, and how to continue."""
     resume = f'continue with python chapter2_2_train.py --out "{run.folder}" --resume'
     try:
         yield
@@ -794,7 +813,7 @@ def write(path, write_content):
     """Writes a file in such a way that it is complete, or else as it was before.
 
     write_content: a function that writes the content into an open file.
-    Returns False if Windows does not allow to replace the file, as another program uses it.
+    Returns False if Windows does not allow replacing the file, because another program uses it.
     Raises UserError if the file cannot be written, for example because the disk is full.
     """
     # Into memory first: torch.save has no clear error for a full disk.
@@ -843,14 +862,17 @@ def write_checkpoint(path, checkpoint):
 
 
 def weights_checkpoint(model):
-    """A checkpoint that --predict can use: the weights, and what they belong to."""
-    return {'model': model.state_dict(), 'belongs_to': identity(model)}
+    """A checkpoint that is enough for --predict: the weights, and what they were trained for."""
+    return {'model': model.state_dict(), 'trained_for': purpose(model)}
 
 
-def identity(model):
-    """What the weights of a network belong to. With anything else they would be useless."""
-    # The text of a transform may contain the address of a function in memory, which is another
-    # one each time the script runs.
+def purpose(model):
+    """What the weights are trained for: this network, these classes, and images like these.
+
+    When a checkpoint is used, all of it must be the same again.
+    """
+    # The text of a transform may contain the address of a function in memory, which is different
+    # each time the script runs.
     test_transform = re.sub(' at 0x[0-9a-fA-F]+', '', str(data.test_transform))
     return {'network': type(model).__name__, 'CLASSES': list(data.CLASSES),
             'image_size': data.image_size, 'test_transform': test_transform}
@@ -867,18 +889,21 @@ def load_checkpoint(path):
     # What zipfile and torch.load raise when bits of a file are wrong.
     errors_of_corrupt_files = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError,
                                pickle.UnpicklingError, ValueError, EOFError, OSError)
+    problem = None
     with open(path, 'rb') as file:
         try:
-            # A checkpoint is a zip file, with checksums that PyTorch does not check.
-            corrupt_part = zipfile.ZipFile(file).testzip()
+            # A checkpoint is a zip file. PyTorch does not check the checksums in it.
+            bad_part = zipfile.ZipFile(file).testzip()
+            if bad_part is not None:
+                problem = f'wrong checksum of {bad_part}'
             file.seek(0)
             checkpoint = torch.load(file, weights_only=True, map_location='cpu')
         except errors_of_corrupt_files as error:
-            corrupt_part = type(error).__name__
-    if corrupt_part is not None:
-        raise UserError(f'{path} is corrupt, or not a checkpoint ({corrupt_part}); '
+            problem = problem or type(error).__name__
+    if problem is not None:
+        raise UserError(f'{path} is corrupt, or not a checkpoint ({problem}); '
                         'nothing in it was executed')
-    if not isinstance(checkpoint, dict) or not {'model', 'belongs_to'} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not {'model', 'trained_for'} <= checkpoint.keys():
         raise UserError(f'{path} is incompatible: not a checkpoint of this version of the script')
     return checkpoint
 
@@ -886,10 +911,10 @@ def load_checkpoint(path):
 def load_weights(model, checkpoint, path):
     """Puts the weights of a checkpoint into the network.
 
-    Raises UserError if they belong to another network, other classes or other images.
+    Raises UserError if they were trained for another network, other classes or other images.
     """
-    for name, now in identity(model).items():
-        then = checkpoint['belongs_to'].get(name)
+    for name, now in purpose(model).items():
+        then = checkpoint['trained_for'].get(name)
         if then != now:
             raise UserError(f'{path} is incompatible: its {name} was {then}, now it is {now}')
     try:
@@ -899,18 +924,22 @@ def load_weights(model, checkpoint, path):
                         f'those of the network {type(model).__name__} now') from None
 
 
-def load_optimizer(optimizer, checkpoint, path):
-    """Restores what Adam knows about earlier gradients.
+def load_checkpoint_into(model, optimizer, scaler, checkpoint, path):
+    """Brings everything that the training changes into the state that the checkpoint has.
 
-    Its options, such as weight decay, remain those of the script, so that they can be changed.
-    Raises UserError if the checkpoint belongs to another optimizer.
+    The optimizer's options, such as weight decay, remain those of the script.
+    Raises UserError if the checkpoint does not fit the script.
     """
+    load_weights(model, checkpoint, path)
     then, now = checkpoint['optimizer_class'], type(optimizer).__name__
     if then != now:
         raise UserError(f'{path} is incompatible: its optimizer was {then}, now it is {now}')
     state_dict = optimizer.state_dict()
     state_dict['state'] = checkpoint['optimizer']['state']
     optimizer.load_state_dict(state_dict)
+    # The state of the scaler is empty if the run was continued without float16 in between.
+    if scaler.is_enabled() and checkpoint['scaler']:
+        scaler.load_state_dict(checkpoint['scaler'])
 
 
 def load_model(path, device):
@@ -993,10 +1022,9 @@ def draw_images(images, titles, columns, heading):
     rows = max(1, math.ceil(len(images) / columns))
     figure = new_figure(1.5 * columns, 2 * rows + 0.5)
     figure.suptitle(heading)
-    grid = figure.subplots(rows, columns)
-    for axes in grid.flat:
+    for i, (image, title) in enumerate(zip(images, titles)):
+        axes = figure.add_subplot(rows, columns, i + 1)
         axes.set_axis_off()
-    for axes, image, title in zip(grid.flat, images, titles):
         axes.imshow(image[:, :, ::-1])  # BGR -> RGB
         axes.set_title(title, fontsize=8)
     return figure
@@ -1049,8 +1077,7 @@ def predict_probabilities(model, x, batch_size, device, autocast):
 
 
 def print_accuracies(counts):
-    """Prints a table from counts (11, 11): a row for each true class, a column for each predicted.
-    """
+    """Prints a table from counts (11, 11) as draw_confusion takes them."""
     print(f'{"with the best weights":<22} {"images":>6} {"right":>6} {"accuracy":>8}')
     for label, name in enumerate(data.CLASSES):
         total = counts[label].sum()
@@ -1083,9 +1110,10 @@ def predict_or_dream(args):
 
 
 def predict(paths, model, run_folder, device, autocast):
-    """Predicts the classes of photographs; of a folder those of all photographs in it.
+    """Predicts the classes of photographs. A folder stands for all photographs in it: their
+    predictions are written into predict.csv.
 
-    Returns whether all of them could be read. Those that could not are named on stderr.
+    Returns whether all photographs could be read. stderr says which of them could not.
     """
     if sum(os.path.isdir(path) for path in paths) > 1:
         raise UserError('--predict takes one folder at a time, as predict.csv is one table')
@@ -1107,7 +1135,7 @@ def predict(paths, model, run_folder, device, autocast):
 
 
 def read_readable(image_files):
-    """Reads photographs, and names those that cannot be read on stderr.
+    """Reads those photographs that can be read, and prints on stderr which cannot.
 
     Returns x, uint8 (N, 128, 128, 3), BGR, and the list of the N files that could be read.
     """
@@ -1119,11 +1147,11 @@ def read_readable(image_files):
     failures = data.on_all_cores(read, image_files)
     for file, reason in sorted(failures.items()):
         print(f'{file}: {reason}', file=sys.stderr)
-    readable = sorted(images)
+    readable = [image_files[i] for i in sorted(images)]
     x = np.zeros((len(readable), data.image_size, data.image_size, 3), dtype=np.uint8)
-    for row, i in enumerate(readable):
+    for row, i in enumerate(sorted(images)):
         x[row] = images[i]
-    return x, [image_files[i] for i in readable]
+    return x, readable
 
 
 def three_likeliest(probabilities):
@@ -1167,16 +1195,18 @@ def draw_dreams(model, device):
 
 
 def dream(model, device, steps=100):
-    """Gradient ascent on the input (section 1.2): for each class an image that it looks like.
+    """Gradient ascent on the input (section 1.2): for each class, an image that the network takes
+    for that class.
 
-    For class i, the image x should make y_i - c * sum |x| large (formula 1.2.2; with c = 0 it is
-    formula 1.2.1), where y_i is the probability of the class.
+    Formula 1.2.2 of the book: the image x of class i makes y_i - sum |x| large, where y_i is the
+    probability of the class. Here it is y_i - c * sum |x|; with c = 0, it is formula 1.2.1.
     Returns the images, float (11, 128, 128, 3), BGR in 0..1, and their probabilities y_i (11,).
 
     The images are what the network takes as input, after test_transform. If that ends with
     Normalize, the images are normalized too: their colours are not those of photographs.
     """
-    # The numbers below were chosen by eye.
+    # The numbers in this function were chosen by eye. The book's c is 1, but then the sum of
+    # 49,152 numbers would count more than a probability, and the images would be black.
     c = 1e-4
     max_shift = 8  # pixels
     model.eval().requires_grad_(False)
@@ -1188,11 +1218,12 @@ def dream(model, device, steps=100):
     optimizer = torch.optim.Adam([x], lr=0.05)
     for step in tqdm(range(steps), 'dreaming', leave=False, disable=None):
         optimizer.zero_grad()
-        # The images are shifted, each time in another way. What makes a class likely wherever it
-        # is, is a shape; without this the images are speckle.
+        # The images are shifted by a different distance in each step, so that shapes help, and
+        # single pixels do not. Without this, the images would be speckle.
         shift = torch.randint(-max_shift, max_shift + 1, (2,)).tolist()
         scores = model(x.roll(shift, dims=(2, 3)))
-        # log y_i is largest where y_i is, but has a gradient also where y_i is near 0.
+        # log y_i is large where y_i is large, but has a gradient also where y_i is near 0.
+        # diagonal: of image i, only the probability of class i counts.
         log_y = scores.log_softmax(1).diagonal()
         objective = log_y.sum() - c * x.abs().sum()
         # An optimizer makes its objective small, so it gets the negative.

@@ -152,7 +152,7 @@ def our_training(count, batch_size, device, no_amp):
     train_set = noise(count)
     model = train.make_model(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=.001, fused=device.type == 'cuda')
-    workers = train.choose_workers(None, device, batch_size)
+    workers = train.choose_workers(None, device, batch_size, rank=0)
     train_loader, _ = data.make_loaders(train_set, train_set, batch_size, workers,
                                         pin_memory=device.type == 'cuda')
     data.set_epoch(train_loader, 1)

@@ -146,3 +146,17 @@ def few(tmp_path_factory):
     for split in ('training', 'validation'):
         (folder / split / '3_0.jpg').unlink()
     return folder
+
+
+@pytest.fixture(scope='session')
+def finished(small_folder, few, tmp_path_factory):
+    """The folder of an uninterrupted run of 3 epochs, and what it printed. Not to be changed."""
+    folder = tmp_path_factory.mktemp('finished')
+    done = Scripts(small_folder, folder).run('--data-dir', few, '--epochs', 3, '--batch-size', 4,
+                                             '--device', 'cpu', '--out', 'run')
+    return folder / 'run', done
+
+
+@pytest.fixture
+def copy_of_finished(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / 'run')

@@ -115,7 +115,7 @@ def test_folders_find_their_class_whatever_its_script(tmp_path, monkeypatch):
     assert "its folder '汤'" in problem(tmp_path)
 
 
-@pytest.mark.parametrize('names', [['C++', 'C#'], ['Egg', 'egg'], ['a/b', 'a b']])
+@pytest.mark.parametrize('names', [['C++', 'C#'], ['Egg', 'egg'], ['Egg', 'Egg'], ['a/b', 'a b']])
 def test_classes_that_cannot_be_told_apart_are_refused(tmp_path, monkeypatch, names):
     monkeypatch.setattr(data, 'CLASSES', ['Bread', *names])
     write(tmp_path / 'training' / '0_1.jpg')
@@ -170,7 +170,7 @@ def test_all_bad_files_of_both_folders_come_in_one_message(food11, tmp_path):
         (tmp_path / 'training' / f'4_bad{i}.jpg').touch()
     for i in range(4):
         (tmp_path / 'validation' / f'bad{i}.jpg').touch()
-    with pytest.raises(data.BadFiles) as error:
+    with pytest.raises(data.UserError) as error:
         data.read_food11(tmp_path)
     lines = str(error.value).splitlines()
     assert lines[0].startswith('13 files cannot be used')

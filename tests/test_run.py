@@ -19,7 +19,7 @@ from torch import nn
 
 import chapter2_1_data as data
 import chapter2_2_train as train
-from tests.conftest import SMALL, Scripts
+from tests.conftest import SMALL
 from tests.test_train import LINE, POSIX
 
 CPU = torch.device('cpu')
@@ -74,20 +74,6 @@ def same(one, other):
     if isinstance(one, list):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
-
-
-@pytest.fixture(scope='module')
-def finished(small_folder, few, tmp_path_factory):
-    """The folder of an uninterrupted run of 3 epochs, and what it printed. Not to be changed."""
-    folder = tmp_path_factory.mktemp('finished')
-    done = Scripts(small_folder, folder).run('--data-dir', few, '--epochs', 3, '--batch-size', 4,
-                                             '--device', 'cpu', '--out', 'run')
-    return folder / 'run', done
-
-
-@pytest.fixture
-def copy_of_finished(finished, tmp_path):
-    return shutil.copytree(finished[0], tmp_path / 'run')
 
 
 # ---- The folder ------------------------------------------------------------------------------
@@ -292,7 +278,7 @@ def spoil(file, kind):
     elif kind == 'pickle':
         file.write_bytes(pickle.dumps(Malicious(), 2))
     elif kind == 'malicious':
-        torch.save({'model': Malicious(), 'belongs_to': {}}, file)
+        torch.save({'model': Malicious(), 'trained_for': {}}, file)
     elif kind == 'foreign':
         torch.save({'weight': torch.zeros(3)}, file)
     else:
@@ -538,9 +524,8 @@ def test_the_confusion_shows_counts_shares_and_a_class_without_images():
 def test_pictures_of_photographs_have_true_colours():
     blue = np.zeros((1, 128, 128, 3), np.uint8)
     blue[..., 0] = 255  # BGR
-    axes = train.draw_images(blue, ['Rice'], 2, 'heading').axes
-    assert (axes[0].images[0].get_array() == (0, 0, 255)).all()
-    assert axes[0].get_title() == 'Rice' and not axes[1].images
+    axes, = train.draw_images(blue, ['Rice'], 2, 'heading').axes
+    assert (axes.images[0].get_array() == (0, 0, 255)).all() and axes.get_title() == 'Rice'
 
 
 def test_the_mistakes_are_the_most_confident_ones_first():

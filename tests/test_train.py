@@ -282,11 +282,11 @@ def test_workers_by_default(monkeypatch, capsys, cores, free, workers):
     monkeypatch.setattr(os.path, 'isdir', lambda path: True)
     monkeypatch.setattr(shutil, 'disk_usage',
                         lambda path: shutil._ntuple_diskusage(2**34, 2**34 - free, free))
-    assert train.choose_workers(None, torch.device('cuda'), 128) == workers
+    assert train.choose_workers(None, torch.device('cuda'), 128, rank=0) == workers
     hint = capsys.readouterr().err
     assert ('--shm-size' in hint) == (free < 2**30) and hint.count('\n') <= 1
-    assert train.choose_workers(None, CPU, 128) == 0
-    assert train.choose_workers(3, CPU, 128) == 3
+    assert train.choose_workers(None, CPU, 128, rank=0) == 0
+    assert train.choose_workers(3, CPU, 128, rank=0) == 3
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='of glibc')

@@ -192,7 +192,7 @@ def is_image(file):
 def on_all_cores(read, image_files):
     """Calls read(i) for the number i of each file, on all CPU cores, with a progress bar.
 
-    Returns a dictionary of the files for which that raised OSError or ValueError: {file: reason}.
+    Returns a dictionary {file: reason} of the files for which read raised OSError or ValueError.
     """
     failures = {}
 
@@ -300,7 +300,7 @@ class ImgDataset(Dataset):
         # After the with-block, PyTorch's random generator goes on as if this had not happened.
         # devices=[]: only the CPU's generator is used here.
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed the generators of all GPUs as well.
+            # torch.manual_seed would seed the generators of all GPUs too, which takes longer.
             torch.default_generator.manual_seed(image_seed)
             return self.transform(img)
 
@@ -323,6 +323,10 @@ def make_loaders(train_set, val_set, images_per_step, workers=0, pin_memory=Fals
                  world_size=1, rank=0, seed=0):
     """The book's train_loader, which shuffles, and its val_loader, which does not.
 
+    Their images are uint8 (N, 128, 128, 3), to be brought to the GPU with to_input, which does the
+    rest: see as_bytes. If several processes train together, val_set must already be the part of
+    the images that this process evaluates.
+
     images_per_step: the book's batch_size. If several processes train together, they share it.
     workers: how many processes prepare the training batches; 0: the main process does it.
     pin_memory: whether to keep batches in memory from which a CUDA GPU can copy them faster.
@@ -342,7 +346,7 @@ def make_loaders(train_set, val_set, images_per_step, workers=0, pin_memory=Fals
         # images would have to be in shared memory, and in Docker that is small.
         start_method = 'fork'
     images_per_process = images_per_step // world_size
-    # as_bytes only saves time. The network gets the same numbers as without it.
+    # persistent_workers: they are started once, not in every epoch.
     train_loader = DataLoader(as_bytes(train_set), batch_size=images_per_process, sampler=sampler,
                               num_workers=workers, pin_memory=pin_memory,
                               persistent_workers=workers > 0, multiprocessing_context=start_method)
@@ -363,10 +367,13 @@ def as_bytes(dataset):
     the GPU. So the images are sent as bytes, and to_input does this step on the GPU. If the last
     step is a different one, such as Normalize, the dataset is returned as it is.
     """
-    steps = getattr(dataset.transform, 'transforms', [None])
-    from_pil_to_tensor = (isinstance(steps[0], transforms.ToPILImage)
-                          and isinstance(steps[-1], transforms.ToTensor))
-    if not from_pil_to_tensor:
+    if not isinstance(dataset.transform, transforms.Compose):
+        return dataset
+    steps = dataset.transform.transforms
+    if not steps or not isinstance(steps[-1], transforms.ToTensor):
+        return dataset
+    # pil_to_bytes takes PIL images, so the steps before it must work on these.
+    if not isinstance(steps[0], transforms.ToPILImage):
         return dataset
     # A shallow copy: only the transform differs.
     dataset = copy.copy(dataset)
@@ -475,6 +482,8 @@ def first_of_class(y, label):
 
 def use_chinese_font():
     """Lets matplotlib draw Chinese class names, if one of these fonts is installed."""
+    if ''.join(CLASSES).isascii():
+        return
     installed = {font.name for font in font_manager.fontManager.ttflist}
     fonts = ['Microsoft YaHei', 'SimHei', 'PingFang SC', 'Noto Sans CJK SC', 'WenQuanYi Zen Hei']
     rcParams['font.family'] = ['sans-serif', *[font for font in fonts if font in installed]]
@@ -485,7 +494,8 @@ def show_preview(train_set, index, file=None):
 
     Without a display, the picture is written into chapter2_1_data.png.
     """
-    # Imported here, as chapter2_2_train.py opens no windows.
+    # pyplot is the part of matplotlib that opens windows. chapter2_2_train.py does not need it, so
+    # it is imported here only.
     from matplotlib import pyplot as plt
     use_chinese_font()
     figure = plt.figure(figsize=(12.6, 4.6), layout='constrained')  # inches
@@ -557,16 +567,16 @@ def make_demo():
     draw_food11(demo_dir, class_count=len(CLASSES))
 
 
-def run_script(main):
-    """Calls a script's main. A UserError ends in a message on stderr and exit status 1."""
+def run_script(script_main):
+    """Calls a script's main function. A UserError ends in a message on stderr and status 1."""
     # If stdout goes into a file on Windows, its encoding may lack characters of a path. They are
-    # then written as \\u7c73, say.
+    # then written as numbers.
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        main()
+        script_main()
     except (UserError, OSError) as error:
         # OSError: a file or folder cannot be read or written. Its text says which one.
         sys.exit(f'error: {error}')

@@ -25,6 +25,7 @@ import re
 import shutil
 import struct
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -103,6 +104,9 @@ class Classifier(nn.Module):
 def make_model(device):
     """The network, on the device. To train another network, change this function."""
     model = Classifier()
+    if device.type == 'mps':
+        # On Apple's GPUs, channels_last gives wrong results in some versions of PyTorch.
+        return model.to(device)
     # channels_last: an order of the numbers in memory with which convolutions are faster.
     return model.to(device, memory_format=torch.channels_last)
 
@@ -197,7 +201,8 @@ def train(model, train_loader, val_loader, loss, optimizer, device, autocast, sc
 
         train_acc, train_loss = train_epoch(parallel_model, train_loader, loss, optimizer,
                                             device, autocast, scaler, title)
-        # With several processes: the same batch norm in all of them. With one, this does nothing.
+        # With several processes, each has its own batch norm statistics. All take those of the
+        # main process. With one process, this does nothing.
         share_batch_norm(model)
         val_acc, val_loss = evaluate(model, val_loader, device, autocast, f'{title} validation')
 
@@ -259,7 +264,7 @@ def main():
     # The training (section 2.4)
     autocast, scaler = mixed_precision(device, run.settings['no_amp'])
     if checkpoint is not None:
-        load_checkpoint_into(model, optimizer, scaler, checkpoint, run.folder / 'last.pt')
+        restore(model, optimizer, scaler, checkpoint, run.folder / 'last.pt')
     tune_pytorch(device, batch_size)
     # The folder is made now, when nothing can be wrong with the settings or the data any more.
     run.start()
@@ -369,17 +374,21 @@ def choose_settings(args, checkpoint, world_size):
 
 def refuse_other_settings(folder, given, checkpoint):
     """Raises UserError if the given settings would change the training of the run in `folder`."""
-    # data_dir may be different, as the photographs may have been moved. The demo is no such case.
     saved = checkpoint['settings']
-    if given.get('data_dir') == data.demo_dir and saved['data_dir'] != data.demo_dir:
-        raise UserError(f'the run in {folder} was not trained on the demo: leave --demo out')
+    # The photographs may have been moved to a different data_dir, but not to or from the demo.
+    if 'data_dir' in given:
+        with_demo = given['data_dir'] == data.demo_dir
+        trained_with_demo = saved['data_dir'] == data.demo_dir
+        if with_demo != trained_with_demo:
+            raise UserError(f'the run in {folder} was trained on {saved["data_dir"]} and cannot '
+                            f'continue with {given["data_dir"]}')
     for name in ('batch_size', 'lr', 'seed', 'no_amp'):
         if name in given and given[name] != saved[name]:
             raise UserError(f'the run in {folder} has {option_of(name)} {saved[name]} and cannot '
                             f'continue with {given[name]}: leave the option out, or start a new '
                             'run in another folder')
     trained = len(checkpoint['history'])
-    if given.get('epochs', trained) < trained:
+    if 'epochs' in given and given['epochs'] < trained:
         raise UserError(f'the run in {folder} has trained {trained} epochs already, more than '
                         f'--epochs {given["epochs"]}')
 
@@ -408,15 +417,24 @@ def pick_device(name):
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         # PyTorch raises any of these, depending on the kind of device.
-        raise UserError(f'PyTorch {torch.__version__} cannot use the device {name} here: '
-                        f'{first_line(error)}; --device cpu always works') from None
+        raise UserError(unusable_device_message(name, error)) from None
     return device
 
 
-def first_line(error):
-    """The first line of an error's message."""
+def unusable_device_message(name, error):
+    """What to tell the user about a device that PyTorch cannot use."""
     lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0]
+    message = f'PyTorch {torch.__version__} cannot use the device {name} here: {lines[0]}'
+    gpu_count = torch.cuda.device_count()
+    if 'no kernel image' in str(error):
+        major, minor = torch.cuda.get_device_capability(name)
+        message += (f'. It is built without support for the {torch.cuda.get_device_name(name)} '
+                    f'(compute capability {major}.{minor}): install a PyTorch for an older CUDA, '
+                    'see "GPU" in README.md')
+    elif 'invalid device ordinal' in str(error):
+        message += (f'. There are {gpu_count} CUDA GPUs here, numbered from 0; torchrun can use '
+                    f'--nproc-per-node {gpu_count}')
+    return message + '; --device cpu always works'
 
 
 def print_hardware(device, wanted, settings, workers, world_size):
@@ -424,8 +442,12 @@ def print_hardware(device, wanted, settings, workers, world_size):
     name = str(device)
     if device.type == 'cuda':
         name += f' ({torch.cuda.get_device_name(device)})'
+        gpu_count = torch.cuda.device_count()
+        if gpu_count > 1 and world_size == 1:
+            print(f'{gpu_count} GPUs are here, one is used: torchrun --nproc-per-node {gpu_count} '
+                  'chapter2_2_train.py uses all of them', file=sys.stderr)
     if device.type == 'cpu' and wanted is None:
-        name += ' (PyTorch finds no GPU: see "GPU" in README.md)'
+        print('PyTorch finds no GPU: see "GPU" in README.md', file=sys.stderr)
     dtype = str(fastest_dtype(device, settings['no_amp'])).removeprefix('torch.')
     print(f'device {name}, precision {dtype}, loader workers {workers}, processes {world_size}',
           file=sys.stderr)
@@ -440,7 +462,8 @@ def fastest_dtype(device, no_amp):
         # 8: Ampere (A100, RTX 30) and newer; 7: Volta and Turing (V100, T4, RTX 20).
         if generation >= 8:
             return torch.bfloat16
-        if generation == 7:
+        # The GTX 16 is a Turing that computes 16 bits no faster, and sometimes wrong.
+        if generation == 7 and 'GTX 16' not in torch.cuda.get_device_name(device):
             return torch.float16
     if device.type == 'cpu':
         # Only CPUs with these instructions are fast with bfloat16. PyTorch has no public name
@@ -468,8 +491,17 @@ def mixed_precision(device, no_amp):
 def available_cores():
     """How many CPU cores this process may use, if all processes of the run share them."""
     cores = os.cpu_count()
-    if hasattr(os, 'sched_getaffinity'):
+    if hasattr(os, 'process_cpu_count'):
+        cores = os.process_cpu_count()  # since Python 3.13
+    elif hasattr(os, 'sched_getaffinity'):
         cores = len(os.sched_getaffinity(0))
+    # A container may get less time than its cores have. The file then holds, in microseconds, how
+    # much time it gets in each period, such as "400000 100000" for 4 cores; else "max 100000".
+    container_limit = Path('/sys/fs/cgroup/cpu.max')
+    if container_limit.exists():
+        quota, period = container_limit.read_text().split()
+        if quota != 'max':
+            cores = min(cores, math.ceil(int(quota) / int(period)))
     processes_here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     return max(1, cores // processes_here)
 
@@ -539,7 +571,8 @@ def keep_freed_memory(batch_size):
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     # Do not return freed memory to the system ...
     c_library.mallopt(M_TRIM_THRESHOLD, -1)
-    # ... and do not ask the system separately for each large block, which returns it when freed.
+    # ... and take large blocks from that memory too. Otherwise each of them is a separate piece
+    # of memory, which goes back to the system when it is freed.
     c_library.mallopt(M_MMAP_MAX, 0)
 
 
@@ -561,13 +594,13 @@ def join_processes(device):
         # torchrun has limited each process to one thread.
         torch.set_num_threads(available_cores())
     # The processes leave their addresses for each other in the store. env://: torchrun has put
-    # into environment variables where that is.
+    # into environment variables where that is. (rendezvous is a generator; one item is enough.)
     store, rank, world_size = next(distributed.rendezvous('env://'))
-    machines = os.environ['GROUP_WORLD_SIZE']
-    if machines == '1':
+    one_machine = os.environ['GROUP_WORLD_SIZE'] == '1'
+    if one_machine:
         # torchrun can restart the processes (--max-restarts). The store then still contains the
         # addresses of the dead ones, so each attempt puts a different prefix before its own.
-        # Several machines may count their attempts differently, so they cannot do that.
+        # With several machines there is no prefix, as each may count the attempts differently.
         attempt = os.environ['TORCHELASTIC_RESTART_COUNT']
         store = distributed.PrefixStore(attempt, store)
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
@@ -591,7 +624,8 @@ def share_gradients(model, device):
     if not distributed.is_initialized():
         return model
     if device.type == 'cuda':
-        # Batch norm then uses the images of all processes for its mean and variance.
+        # Replaces the batch norm layers inside the model by layers that use the images of all
+        # processes for their mean and variance.
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return nn.parallel.DistributedDataParallel(model)
 
@@ -624,7 +658,8 @@ def lost_process_message(error):
     """What to tell the user if the connection to another process is lost."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return (f'another process has ended or cannot be reached, so this one ends as well '
-            f'({lines[-1]}); continue with --out and --resume')
+            f'({lines[-1]}); continue with --out and --resume. In Docker, NCCL needs more shared '
+            'memory: docker run --shm-size 2g')
 
 
 # ---- The run's folder ------------------------------------------------------------------------
@@ -655,6 +690,7 @@ class Run:
     def find_checkpoint(self, resume):
         """Returns, in every process, the checkpoint to continue from, or None for a new run.
 
+        If there is one, this also takes over its history, and locks the folder.
         Raises UserError if there are files in the folder but `resume` is false, if another
         process uses the folder, or if a checkpoint in it cannot be used.
         """
@@ -691,7 +727,7 @@ class Run:
         """Makes the folder of a new run, or gets that of a continued one ready."""
         if self.rank == 0:
             if self.folder is None:
-                self.folder = next_free_folder()
+                self.folder = make_next_folder()
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.lock is None:
                 self.lock_folder()
@@ -760,15 +796,30 @@ class Run:
         """Says what the folder holds that the run can be continued from."""
         if self.rank > 0:
             return 'see the message of process 0 for what is saved'
+        epochs = self.saved_epochs()
+        if epochs == 0:
+            return f'{self.folder} holds no checkpoint yet'
+        return f'{self.folder} holds the state after epoch {epochs}'
+
+    def how_to_continue(self):
+        """Says what the folder holds, and which command continues the run."""
+        if self.saved_epochs() == 0:
+            command = 'start again with the same options, and with --resume if you give this --out'
+        else:
+            command = f'continue with python chapter2_2_train.py --out "{self.folder}" --resume'
+        return f'{self.describe_saved()}; {command}'
+
+    def saved_epochs(self):
+        """How many epochs last.pt contains; 0 if there is no last.pt."""
         path = self.folder / 'last.pt'
         if not path.exists():
-            return f'{self.folder} holds no checkpoint yet'
+            return 0
         # mmap: does not read the weights.
-        saved = torch.load(path, weights_only=True, map_location='cpu', mmap=True)
-        return f'{self.folder} holds the state after epoch {len(saved["history"])}'
+        checkpoint = torch.load(path, weights_only=True, map_location='cpu', mmap=True)
+        return len(checkpoint['history'])
 
 
-def next_free_folder():
+def make_next_folder():
     """Makes and returns the first of runs/001, runs/002, ... that does not exist yet."""
     for number in itertools.count(1):
         folder = Path('runs', f'{number:03d}')
@@ -781,14 +832,14 @@ def next_free_folder():
 
 @contextlib.contextmanager
 def explained_errors(run, device):
-    """If the training in the with-block is interrupted, or there is too little memory for it, says
-    so, and how to continue."""
-    resume = f'continue with python chapter2_2_train.py --out "{run.folder}" --resume'
+    """If the training in the with-block is interrupted, loses another process, or has too little
+    memory, says so, and how to continue."""
     try:
         yield
     except KeyboardInterrupt:
+        silence_threads()
         if run.rank == 0:
-            print(f'interrupted: {run.describe_saved()}; {resume}', file=sys.stderr)
+            print(f'interrupted: {run.how_to_continue()}', file=sys.stderr)
         sys.exit(130)  # the usual status after Ctrl-C
     except RuntimeError as error:
         # PyTorch raises RuntimeError for all of these. Only the text tells them apart.
@@ -796,15 +847,21 @@ def explained_errors(run, device):
         if 'tried to allocate' in text.lower():
             raise UserError(f'{device} has too little memory for batches of '
                             f'{run.settings["batch_size"]} images: start a new run with a smaller '
-                            '--batch-size') from None
+                            '--batch-size, in a different folder') from None
         if text.startswith('DataLoader worker (pid') or 'shared memory' in text:
+            silence_threads()
             raise UserError('a worker process has died for lack of memory, or of shared memory '
                             '(docker run --shm-size 2g helps then): '
-                            f'{run.describe_saved()}; {resume}, and with --workers 0 if it '
-                            'happens again') from None
+                            f'{run.how_to_continue()}; add --workers 0 if it happens again'
+                            ) from None
         if isinstance(error, distributed.DistError) or 'gloo' in text:
             raise UserError(lost_process_message(error)) from None
         raise
+
+
+def silence_threads():
+    """Lets threads end without a traceback: PyTorch's pin_memory thread loses its workers now."""
+    threading.excepthook = lambda args: None
 
 
 # ---- Files -----------------------------------------------------------------------------------
@@ -813,7 +870,8 @@ def write(path, write_content):
     """Writes a file in such a way that it is complete, or else as it was before.
 
     write_content: a function that writes the content into an open file.
-    Returns False if Windows does not allow replacing the file, because another program uses it.
+    Returns False if Windows does not allow replacing the file for two seconds, because another
+    program uses it.
     Raises UserError if the file cannot be written, for example because the disk is full.
     """
     # Into memory first: torch.save has no clear error for a full disk.
@@ -821,34 +879,33 @@ def write(path, write_content):
     write_content(content)
     temporary = path.with_name(path.name + '.tmp')
     try:
-        with open(temporary, 'wb') as file:
-            file.write(content.getbuffer())
-            # The content must be on the disk before the old file goes: the power may fail.
-            file.flush()
-            os.fsync(file.fileno())
-        replaced = replace(temporary, path)
+        for _ in range(20):
+            try:
+                write_and_replace(path, temporary, content.getbuffer())
+                return True
+            except PermissionError:
+                if not os.access(path.parent, os.W_OK):
+                    raise
+                # On Windows, another program, such as a virus scanner, has one of the files open.
+                time.sleep(0.1)
     except OSError as error:
         raise UserError(f'cannot write {path}: {error.strerror}; '
                         'what was saved before is intact') from None
     finally:
-        temporary.unlink(missing_ok=True)
-    if not replaced:
-        print(f'{path} is in use by another program and was left as it was', file=sys.stderr)
-    return replaced
-
-
-def replace(source, target):
-    """Like os.replace, but if another program uses the target (on Windows), waits two seconds.
-
-    Returns False if that did not help.
-    """
-    for _ in range(20):
-        try:
-            os.replace(source, target)
-            return True
-        except PermissionError:
-            time.sleep(0.1)
+        with contextlib.suppress(PermissionError):
+            temporary.unlink(missing_ok=True)
+    print(f'{path} is in use by another program and was left as it was', file=sys.stderr)
     return False
+
+
+def write_and_replace(path, temporary, content):
+    """Writes the bytes into the temporary file, and puts that in the place of `path`."""
+    with open(temporary, 'wb') as file:
+        file.write(content)
+        # The content must be on the disk before the old file goes: the power may fail.
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def write_text(path, text):
@@ -863,10 +920,10 @@ def write_checkpoint(path, checkpoint):
 
 def weights_checkpoint(model):
     """A checkpoint that is enough for --predict: the weights, and what they were trained for."""
-    return {'model': model.state_dict(), 'trained_for': purpose(model)}
+    return {'model': model.state_dict(), 'trained_for': trained_for(model)}
 
 
-def purpose(model):
+def trained_for(model):
     """What the weights are trained for: this network, these classes, and images like these.
 
     When a checkpoint is used, all of it must be the same again.
@@ -903,7 +960,7 @@ def load_checkpoint(path):
     if problem is not None:
         raise UserError(f'{path} is corrupt, or not a checkpoint ({problem}); '
                         'nothing in it was executed')
-    if not isinstance(checkpoint, dict) or not {'model', 'trained_for'} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or 'trained_for' not in checkpoint:
         raise UserError(f'{path} is incompatible: not a checkpoint of this version of the script')
     return checkpoint
 
@@ -911,9 +968,10 @@ def load_checkpoint(path):
 def load_weights(model, checkpoint, path):
     """Puts the weights of a checkpoint into the network.
 
+    path: where the checkpoint comes from, for error messages.
     Raises UserError if they were trained for another network, other classes or other images.
     """
-    for name, now in purpose(model).items():
+    for name, now in trained_for(model).items():
         then = checkpoint['trained_for'].get(name)
         if then != now:
             raise UserError(f'{path} is incompatible: its {name} was {then}, now it is {now}')
@@ -924,9 +982,10 @@ def load_weights(model, checkpoint, path):
                         f'those of the network {type(model).__name__} now') from None
 
 
-def load_checkpoint_into(model, optimizer, scaler, checkpoint, path):
+def restore(model, optimizer, scaler, checkpoint, path):
     """Brings everything that the training changes into the state that the checkpoint has.
 
+    path: where the checkpoint comes from, for error messages.
     The optimizer's options, such as weight decay, remain those of the script.
     Raises UserError if the checkpoint does not fit the script.
     """
@@ -937,6 +996,12 @@ def load_checkpoint_into(model, optimizer, scaler, checkpoint, path):
     state_dict = optimizer.state_dict()
     state_dict['state'] = checkpoint['optimizer']['state']
     optimizer.load_state_dict(state_dict)
+    # On a different kind of device, weights may have a different order in memory (channels_last).
+    # Adam's averages must have the same one.
+    for weights, averages in optimizer.state.items():
+        for name, value in averages.items():
+            if value.shape == weights.shape:
+                averages[name] = torch.empty_like(weights).copy_(value)
     # The state of the scaler is empty if the run was continued without float16 in between.
     if scaler.is_enabled() and checkpoint['scaler']:
         scaler.load_state_dict(checkpoint['scaler'])
@@ -1104,12 +1169,13 @@ def predict_or_dream(args):
         print(f'picture written to {folder / "dreams.png"}')
     if args.predict:
         autocast, _ = mixed_precision(device, args.no_amp)
-        all_readable = predict(args.predict, model, folder, device, autocast)
+        batch_size = args.batch_size or data.batch_size
+        all_readable = predict(args.predict, model, folder, batch_size, device, autocast)
         if not all_readable:
             sys.exit(1)
 
 
-def predict(paths, model, run_folder, device, autocast):
+def predict(paths, model, run_folder, batch_size, device, autocast):
     """Predicts the classes of photographs. A folder stands for all photographs in it: their
     predictions are written into predict.csv.
 
@@ -1124,7 +1190,7 @@ def predict(paths, model, run_folder, device, autocast):
             image_files = data.list_images(path)
         x, readable = read_readable(image_files)
         all_readable = all_readable and len(readable) == len(image_files)
-        probabilities = predict_probabilities(model, x, data.batch_size, device, autocast)
+        probabilities = predict_probabilities(model, x, batch_size, device, autocast)
         if path.is_dir():
             write_predictions(run_folder / 'predict.csv', path, readable, probabilities)
             print(f'{path}: {len(readable)} of {len(image_files)} photographs predicted, '
@@ -1199,7 +1265,8 @@ def dream(model, device, steps=100):
     for that class.
 
     Formula 1.2.2 of the book: the image x of class i makes y_i - sum |x| large, where y_i is the
-    probability of the class. Here it is y_i - c * sum |x|; with c = 0, it is formula 1.2.1.
+    probability of the class. Here it is log y_i - c * sum |x|. (With c = 0, that is largest for
+    the same image as y_i, which is formula 1.2.1.)
     Returns the images, float (11, 128, 128, 3), BGR in 0..1, and their probabilities y_i (11,).
 
     The images are what the network takes as input, after test_transform. If that ends with

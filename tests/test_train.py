@@ -158,8 +158,8 @@ def test_the_books_settings_are_the_defaults(scripts, food11, tmp_path):
     settings = (tmp_path / 'runs' / '001' / 'settings.json').read_text()
     assert '"epochs": 100' in settings and '"batch_size": 128' in settings
     assert '"lr": 0.001' in settings and '"seed": 0' in settings and './food-11"' in settings
-    assert process.returncode == 130 and len(errors.splitlines()) == 3
-    assert 'holds no checkpoint yet' in errors.splitlines()[2]
+    assert process.returncode == 130 and len(errors.splitlines()) == 4
+    assert 'PyTorch finds no GPU' in errors and 'holds no checkpoint yet; start again' in errors
 
 
 def test_the_demo_has_settings_of_its_own_and_leaves_food_11_alone(small, tmp_path):
@@ -253,10 +253,52 @@ def test_the_device_is_the_accelerator_if_there_is_one(monkeypatch):
     assert train.pick_device(None) == CPU
 
 
-@pytest.mark.parametrize('capability, dtype', [
-    ((9, 0), torch.bfloat16), ((7, 0), torch.float16), ((6, 1), torch.float32)])
-def test_a_gpu_computes_in_what_it_is_fast_in(monkeypatch, capability, dtype):
+def test_a_gpu_that_this_pytorch_has_no_kernels_for(monkeypatch):
+    """Kaggle's P100 with a build for CUDA 13."""
+    def fail(*_, **__):
+        raise RuntimeError('CUDA error: no kernel image is available for execution on the device\n'
+                           'CUDA kernel errors might be asynchronously reported')
+    monkeypatch.setattr(torch, 'ones', fail)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Tesla P100-PCIE-16GB')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (6, 0))
+    with pytest.raises(data.UserError) as error:
+        train.pick_device('cuda')
+    for words in ('no kernel image', 'Tesla P100-PCIE-16GB', '6.0', 'README.md', '--device cpu'):
+        assert words in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError('CUDA error: invalid device ordinal')
+    monkeypatch.setattr(torch, 'ones', fail)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'test')
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    with pytest.raises(data.UserError, match='device cuda:2 here.* 2 CUDA GPUs .*-per-node 2'):
+        train.pick_device('cuda')
+
+
+def test_the_first_lines_say_what_the_run_uses(monkeypatch, capsys):
+    settings = {'no_amp': False}
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA A100')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    train.print_hardware(torch.device('cuda'), None, settings, 15, 1)
+    hint, line = capsys.readouterr().err.splitlines()
+    assert 'torchrun --nproc-per-node 4' in hint
+    assert line == 'device cuda (NVIDIA A100), precision bfloat16, loader workers 15, processes 1'
+    train.print_hardware(torch.device('cuda', 0), None, settings, 15, 4)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize('name, capability, dtype', [
+    ('NVIDIA H100', (9, 0), torch.bfloat16), ('Tesla T4', (7, 5), torch.float16),
+    ('NVIDIA GeForce GTX 1650', (7, 5), torch.float32), ('Tesla P4', (6, 1), torch.float32)])
+def test_a_gpu_computes_in_what_it_is_fast_in(monkeypatch, name, capability, dtype):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
     cuda = torch.device('cuda')
     assert train.fastest_dtype(cuda, no_amp=False) == dtype
     assert train.fastest_dtype(cuda, no_amp=True) == torch.float32
@@ -273,11 +315,33 @@ def test_a_cpu_computes_in_bfloat16_only_if_it_supports_it(monkeypatch, supporte
     assert (computed == torch.bfloat16) == supported and not scaler.is_enabled()
 
 
+def machine(monkeypatch, cores, quota='max 100000'):
+    """A machine with these cores, in a container with this quota."""
+    monkeypatch.setattr(os, 'process_cpu_count', lambda: cores, raising=False)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(cores)), raising=False)
+    read_text, exists = Path.read_text, Path.exists
+
+    def is_quota(path):
+        return path.as_posix() == '/sys/fs/cgroup/cpu.max'
+    monkeypatch.setattr(Path, 'read_text', lambda path, *arguments, **options:
+                        quota if is_quota(path) else read_text(path, *arguments, **options))
+    monkeypatch.setattr(Path, 'exists', lambda path: is_quota(path) or exists(path))
+
+
+@pytest.mark.parametrize('quota, processes, cores', [
+    ('max 100000', 1, 16), ('400000 100000', 1, 4), ('150000 100000', 1, 2), ('max 100000', 4, 4),
+    ('10000 100000', 4, 1)])
+def test_cores_of_a_container_and_of_several_processes(monkeypatch, quota, processes, cores):
+    machine(monkeypatch, 16, quota)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
+    assert train.available_cores() == cores
+
+
 @pytest.mark.parametrize('cores, free, workers', [
     (16, 2**34, 15), (2, 2**34, 1), (1, 2**34, 0), (64, 2**34, 16), (16, 64 * 2**20, 2),
     (16, 2**20, 0)])
 def test_workers_by_default(monkeypatch, capsys, cores, free, workers):
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(cores)), raising=False)
+    machine(monkeypatch, cores)
     monkeypatch.setattr(sys, 'platform', 'linux')
     monkeypatch.setattr(os.path, 'isdir', lambda path: True)
     monkeypatch.setattr(shutil, 'disk_usage',

@@ -1,5 +1,8 @@
 """What the tests share: fake photographs, and ways to start the scripts."""
+import contextlib
 import importlib
+import io
+import itertools
 import os
 import shutil
 import signal
@@ -17,11 +20,12 @@ SCRIPTS = ('chapter2_1_data', 'chapter2_2_train')
 
 os.environ['MPLBACKEND'] = 'Agg'  # the tests open no window
 
-# The scripts with a small network and small images, and a checkpoint after every epoch: for tests
-# of what is done with a network. The edits are those that the scripts' comments invite to.
+# The scripts with a small network, small images, few mistakes to draw, and a checkpoint after every
+# epoch: for tests of what is done with a network. An engineer would make the same edits.
 SMALL = {
     'image_size = 128': 'image_size = 32',
     'save_seconds = 60': 'save_seconds = 0',
+    'wrong[most_confident_first][:24]': 'wrong[most_confident_first][:2]',
     'model = Classifier()': 'model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), '
                             'nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4 * 4, len(data.CLASSES)))',
 }
@@ -45,27 +49,28 @@ class Scripts:
         return subprocess.run([*before, *self.command(*arguments, script=script)],
                               capture_output=True, encoding='utf-8', **options)
 
-    def call(self, *arguments, main=None):
+    def call(self, *arguments, main=None, stderr=None):
         main = main or self.train.main
+        out, err = io.StringIO(), stderr or io.StringIO()
         patches = pytest.MonkeyPatch()
         patches.chdir(self.cwd)
         patches.setattr(sys, 'argv', ['script.py', *map(str, arguments)])
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         code = 0
-        self.capture.readouterr()
         try:
-            self.data.run_script(main)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                self.data.run_script(main)
         except SystemExit as stop:
             code = stop.code
             if isinstance(code, str):
-                print(code, file=sys.stderr)
+                print(code, file=err)
                 code = 1
         finally:
             patches.undo()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        out, err = self.capture.readouterr()
-        return SimpleNamespace(returncode=code or 0, stdout=out, stderr=err)
+        errors = '' if stderr else err.getvalue()
+        return SimpleNamespace(returncode=code or 0, stdout=out.getvalue(), stderr=errors)
 
 
 def import_scripts(folder):
@@ -97,11 +102,9 @@ def edited_copy(folder, edits):
 
 
 @pytest.fixture
-def scripts(tmp_path, capfd):
+def scripts(tmp_path):
     """The scripts as they are, run in an empty folder."""
-    found = Scripts(ROOT, tmp_path)
-    found.capture = capfd
-    return found
+    return Scripts(ROOT, tmp_path)
 
 
 @pytest.fixture(scope='session')
@@ -110,23 +113,19 @@ def small_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def small(small_folder, tmp_path, capfd):
+def small(small_folder, tmp_path):
     """The scripts with a small network and small images, run in an empty folder."""
-    found = Scripts(small_folder, tmp_path)
-    found.capture = capfd
-    return found
+    return Scripts(small_folder, tmp_path)
 
 
 @pytest.fixture
-def edited(tmp_path, capfd):
+def edited(tmp_path):
     """edited(edits, base) makes small scripts with further edits."""
-    copies = []
+    numbers = itertools.count()
 
     def make(edits, base=SMALL):
-        folder = edited_copy(tmp_path / f'edited{len(copies)}', {**base, **edits})
-        copies.append(Scripts(folder, tmp_path))
-        copies[-1].capture = capfd
-        return copies[-1]
+        folder = edited_copy(tmp_path / f'edited{next(numbers)}', {**base, **edits})
+        return Scripts(folder, tmp_path)
     return make
 
 
@@ -152,8 +151,8 @@ def few(tmp_path_factory):
 def finished(small_folder, few, tmp_path_factory):
     """The folder of an uninterrupted run of 3 epochs, and what it printed. Not to be changed."""
     folder = tmp_path_factory.mktemp('finished')
-    done = Scripts(small_folder, folder).run('--data-dir', few, '--epochs', 3, '--batch-size', 4,
-                                             '--device', 'cpu', '--out', 'run')
+    done = Scripts(small_folder, folder).call('--data-dir', few, '--epochs', 3, '--batch-size', 4,
+                                              '--device', 'cpu', '--out', 'run')
     return folder / 'run', done
 
 

@@ -26,28 +26,27 @@ CPU = torch.device('cpu')
 ROOT_ON_LINUX = pytest.mark.skipif(sys.platform != 'linux' or os.geteuid() != 0,
                                    reason='only root on Linux can make a small file system')
 
-# Starts a script after having changed the system under it: at the instant that its first argument
-# names, the process is killed.
+# Starts a script with a system under it that kills the process at a chosen instant, such as
+# "write 2": in the middle of writing last.pt for the second time.
 KILLER = '''
 import os, runpy, sys
 script, instant = sys.argv[1:3]
 sys.argv = [script, *sys.argv[3:]]
 sys.path.insert(0, os.path.dirname(script))
 fsync, replace, seen = os.fsync, os.replace, []
-def kill():
-    os.kill(os.getpid(), 9)
+def now(event):
+    seen.append(event)
+    return instant == f'{event} {seen.count(event)}'
 def fsync_or_die(file):
-    if os.path.basename(os.readlink(f'/proc/self/fd/{file}')) == 'last.pt.tmp':
-        if instant == 'write':
-            os.ftruncate(file, 1000)
-            kill()
+    name = os.path.basename(os.readlink(f'/proc/self/fd/{file}'))
+    if name == 'last.pt.tmp' and now('write'):
+        os.ftruncate(file, 1000)
+        os.kill(os.getpid(), 9)
     fsync(file)
 def replace_or_die(source, target):
-    name = os.path.basename(target)
-    seen.append(name)
     replace(source, target)
-    if instant == f'after {name} {seen.count(name)}':
-        kill()
+    if os.path.basename(target) == 'last.pt' and now('replace'):
+        os.kill(os.getpid(), 9)
 os.fsync, os.replace = fsync_or_die, replace_or_die
 runpy.run_path(script, run_name='__main__')
 '''
@@ -153,9 +152,8 @@ def test_resuming_with_other_settings_is_refused(small, copy_of_finished, argume
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='/proc')
 def test_killed_and_resumed_ends_as_if_never_interrupted(small, finished, few, tmp_path):
-    """Killed between its first checkpoint and its history, while it writes its second checkpoint
-    after the best weights, and between its last checkpoint and its history; and continued with
-    another number of workers."""
+    """Killed while it writes its second checkpoint, after the best weights, and between its last
+    checkpoint and its history; and continued with another number of workers."""
     (tmp_path / 'killer.py').write_text(KILLER)
     script = str(small.folder / 'chapter2_2_train.py')
 
@@ -166,13 +164,10 @@ def test_killed_and_resumed_ends_as_if_never_interrupted(small, finished, few, t
              *arguments], cwd=tmp_path, capture_output=True, encoding='utf-8', timeout=120)
 
     out = tmp_path / 'run'
-    assert start('after last.pt 1').returncode == -signal.SIGKILL
-    assert len(checkpoint(out)['history']) == 1 and not (out / 'history.csv').exists()
-    done = start('write')
-    assert done.returncode == -signal.SIGKILL and 'resumed from epoch 1' in done.stderr
+    assert start('write 2').returncode == -signal.SIGKILL
     assert len(checkpoint(out)['history']) == 1 and (out / 'last.pt.tmp').exists()
-    done = start('after last.pt 2', '--workers', '1')
-    assert done.returncode == -signal.SIGKILL
+    done = start('replace 2', '--workers', '1')
+    assert done.returncode == -signal.SIGKILL and 'resumed from epoch 1' in done.stderr
     assert len(checkpoint(out)['history']) == 3 and len(history(out)) == 2
     done = small.call('--out', 'run', '--resume', '--device', 'cpu')
     assert done.returncode == 0 and 'resumed from epoch 3' in done.stderr

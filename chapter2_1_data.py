@@ -43,6 +43,10 @@ class UserError(Exception):
     """An error that the scripts explain to the user in one line, without a traceback."""
 
 
+class UnusableFile(Exception):
+    """A file cannot be used as a photograph; the message says why."""
+
+
 # ---- Reading the photographs (section 2.2) ---------------------------------------------------
 
 def readfile(path, failures=None):
@@ -88,50 +92,50 @@ def read_food11(folder):
 def read_image(file):
     """Reads one photograph as uint8 (128, 128, 3), BGR.
 
-    Raises OSError if the file cannot be opened, ValueError if it holds no complete image.
+    Raises OSError if the file cannot be opened, UnusableFile if it holds no complete image.
     """
     # The book's cv2.imread cannot open a path with Chinese characters on Windows. Therefore NumPy
     # reads the bytes, and cv2.imdecode turns them into the same pixels.
     file_bytes = np.fromfile(file, dtype=np.uint8)
     if len(file_bytes) == 0:
-        raise ValueError('empty file')
+        raise UnusableFile('empty file')
     try:
         img = cv2.imdecode(file_bytes, cv2.IMREAD_COLOR)
     except cv2.error as error:
         # For example, an image that is too large. For most unreadable files imdecode returns None.
-        raise ValueError(f'OpenCV cannot read it ({error.err})') from None
+        raise UnusableFile(f'OpenCV cannot read it ({error.err})') from None
     if img is None:
-        raise ValueError('not an image that OpenCV can read, or cut off')
+        raise UnusableFile('not an image that OpenCV can read, or cut off')
     return cv2.resize(img, (image_size, image_size))
 
 
 def label_of(file, folder):
     """The label of a photograph in `folder`: 3 for folder/3_17.jpg, and for folder/Egg/17.jpg.
 
-    Raises ValueError if the file has no label.
+    Raises UnusableFile if the file has no label.
     """
     if file.parent != Path(folder):
         return label_of_class_folder(file.parent.name)
     # The book's code expects 3_17.jpg, its text says 3-17.jpg.
     number = re.split('[_-]', file.name)[0]
     if not number.isdecimal():
-        raise ValueError('no label in its name, which should be like 3_17.jpg (label_number)')
+        raise UnusableFile('no label in its name, which should be like 3_17.jpg (label_number)')
     label = int(number)
     if label >= len(CLASSES):
-        raise ValueError(f'label {label} is not in 0..{len(CLASSES) - 1}')
+        raise UnusableFile(f'label {label} is not in 0..{len(CLASSES) - 1}')
     return label
 
 
 def label_of_class_folder(name):
     """The label of the class that a folder is named after, as in Kaggle's copy of food-11.
 
-    Raises ValueError if there is no such class.
+    Raises UnusableFile if there is no such class.
     """
     for label, class_name in enumerate(CLASSES):
         if simplified(class_name) == simplified(name):
             return label
-    raise ValueError(f'its folder {name!r} is not named like any of the CLASSES in '
-                     'chapter2_1_data.py')
+    raise UnusableFile(f'its folder {name!r} is not named like any of the CLASSES in '
+                       'chapter2_1_data.py')
 
 
 def simplified(name):
@@ -192,7 +196,7 @@ def is_image(file):
 def on_all_cores(read, image_files):
     """Calls read(i) for the number i of each file, on all CPU cores, with a progress bar.
 
-    Returns a dictionary {file: reason} of the files for which read raised OSError or ValueError.
+    Returns a dictionary {file: reason} of the files for which read raised OSError or UnusableFile.
     """
     failures = {}
 
@@ -201,7 +205,7 @@ def on_all_cores(read, image_files):
             read(i)
         except OSError as error:
             failures[image_files[i]] = error.strerror or str(error)
-        except ValueError as error:
+        except UnusableFile as error:
             failures[image_files[i]] = str(error)
 
     silence_opencv()
@@ -512,8 +516,9 @@ def show_preview(train_set, index, file=None):
     picture_format = file.suffix[1:] or 'png'
     try:
         figure.savefig(file, dpi=100, format=picture_format)
-    except (OSError, ValueError) as error:
-        # ValueError: a format that matplotlib does not know.
+    except (OSError, ValueError, RuntimeError) as error:
+        # ValueError: a format that matplotlib does not know. RuntimeError: it needs a program for
+        # the format that is not installed.
         raise UserError(f'cannot write the picture {file}: {error}') from None
     print(f'picture written to {file.absolute()}')
 
@@ -593,6 +598,10 @@ def interrupt(number, frame):
     """
     signal.signal(signal.SIGINT, ignore)
     signal.signal(signal.SIGTERM, ignore)
+    if hasattr(signal, 'SIGCHLD'):
+        # A terminal sends Ctrl-C to worker processes as well. PyTorch would raise an error for each
+        # worker that ends (SIGCHLD), in the middle of what follows.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     raise KeyboardInterrupt
 
 

@@ -46,7 +46,7 @@ num_epoch = 100
 learning_rate = 0.001
 
 # The demo has few images. With the book's settings its accuracy jumps up and down.
-DEMO_SETTINGS = {'epochs': 5, 'batch_size': 16, 'lr': 0.0001}
+DEMO_SETTINGS = {'data_dir': data.demo_dir, 'epochs': 5, 'batch_size': 16, 'lr': 0.0001}
 
 # How often a run writes checkpoints, in seconds. If an epoch takes longer: after every epoch.
 save_seconds = 60
@@ -335,8 +335,6 @@ def parse_arguments():
             parser.error(f'argument {option_of(name)}: {value} is not in {low}..{high}')
     if args.out is None and (args.resume or args.predict or args.dreams):
         parser.error('--resume, --predict and --dreams need the folder of a run: --out DIR')
-    if args.demo:
-        args.data_dir = data.demo_dir
     return args
 
 
@@ -352,19 +350,23 @@ def choose_settings(args, checkpoint, world_size):
     continued with the given settings, or the processes cannot share the batches equally.
     """
     defaults = {'data_dir': data.data_dir, 'epochs': num_epoch, 'batch_size': data.batch_size,
-                'lr': learning_rate, 'seed': 0, 'no_amp': False}
-    if args.demo:
-        defaults.update(DEMO_SETTINGS)
+                'lr': learning_rate, 'seed': 0, 'no_amp': False, 'demo': False}
     given = {}
     for name in defaults:
         value = getattr(args, name)
         if value is not None:
             given[name] = value
+    if args.demo:
+        defaults.update(DEMO_SETTINGS)
+    if args.data_dir is not None:
+        given['demo'] = False
     saved = {}
     if checkpoint is not None:
         saved = checkpoint['settings']
         refuse_other_settings(args.out, given, checkpoint)
     settings = {**defaults, **saved, **given}
+    # The run may be continued from a different current folder.
+    settings['data_dir'] = os.path.abspath(settings['data_dir'])
     if settings['batch_size'] % world_size != 0:
         raise UserError(f'{world_size} processes cannot share batches of {settings["batch_size"]} '
                         'images equally: choose a different --batch-size, or start torchrun with '
@@ -375,18 +377,12 @@ def choose_settings(args, checkpoint, world_size):
 def refuse_other_settings(folder, given, checkpoint):
     """Raises UserError if the given settings would change the training of the run in `folder`."""
     saved = checkpoint['settings']
-    # The photographs may have been moved to a different data_dir, but not to or from the demo.
-    if 'data_dir' in given:
-        with_demo = given['data_dir'] == data.demo_dir
-        trained_with_demo = saved['data_dir'] == data.demo_dir
-        if with_demo != trained_with_demo:
-            raise UserError(f'the run in {folder} was trained on {saved["data_dir"]} and cannot '
-                            f'continue with {given["data_dir"]}')
-    for name in ('batch_size', 'lr', 'seed', 'no_amp'):
+    # data_dir may change, as the photographs may have been moved.
+    for name in ('batch_size', 'lr', 'seed', 'no_amp', 'demo'):
         if name in given and given[name] != saved[name]:
             raise UserError(f'the run in {folder} has {option_of(name)} {saved[name]} and cannot '
                             f'continue with {given[name]}: leave the option out, or start a new '
-                            'run in another folder')
+                            'run in a different folder')
     trained = len(checkpoint['history'])
     if 'epochs' in given and given['epochs'] < trained:
         raise UserError(f'the run in {folder} has trained {trained} epochs already, more than '
@@ -612,10 +608,8 @@ def broadcast(value):
     if not distributed.is_initialized():
         return value
     values = [value]
-    try:
+    with explained_connection_errors():
         distributed.broadcast_object_list(values)
-    except RuntimeError as error:
-        raise UserError(lost_process_message(error)) from None
     return values[0]
 
 
@@ -651,7 +645,17 @@ def make_demo_once():
     if int(os.environ.get('LOCAL_RANK', 0)) == 0:
         data.make_demo()
     if distributed.is_initialized():
-        distributed.barrier()
+        with explained_connection_errors():
+            distributed.barrier()
+
+
+@contextlib.contextmanager
+def explained_connection_errors():
+    """For a with-block in which processes wait for each other: says so if one has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(lost_process_message(error)) from None
 
 
 def lost_process_message(error):
@@ -696,23 +700,30 @@ class Run:
         """
         checkpoint = None
         if self.rank == 0 and self.folder is not None and self.folder.exists():
-            files = [file.name for file in self.folder.iterdir() if file.name != '.lock']
-            if files and not resume:
+            if self.files() and not resume:
                 raise UserError(f'{self.folder} already holds files: continue the run in it with '
-                                '--resume, or choose another --out')
-            if 'last.pt' in files:
-                self.lock_folder()
+                                '--resume, or choose a different --out')
+            # Locked first: so no other run writes a checkpoint after this one has looked for it.
+            self.lock_folder()
+            if 'last.pt' in self.files():
                 checkpoint = load_checkpoint(self.folder / 'last.pt')
                 if 'optimizer' not in checkpoint:
                     raise UserError(f'{self.folder / "last.pt"} is incompatible: it holds weights '
                                     'only, as best.pt does')
                 # The report at the end needs this file. Checked now, not after hours of training.
                 load_checkpoint(self.folder / 'best.pt')
+            elif 'history.csv' in self.files():
+                raise UserError(f'{self.folder} holds a run, but its last.pt is missing, so it '
+                                'cannot be continued: choose a different --out')
         checkpoint = broadcast(checkpoint)
         if checkpoint is not None:
             self.history = checkpoint['history']
             self.best_acc = max(row['val_acc'] for row in self.history)
         return checkpoint
+
+    def files(self):
+        """The names of the files in the folder."""
+        return [file.name for file in self.folder.iterdir() if file.name != '.lock']
 
     def lock_folder(self):
         """Keeps other runs out of the folder until this process ends."""
@@ -721,7 +732,7 @@ class Run:
             self.lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f'{self.folder} is in use by another run: wait until that has ended, '
-                            'or choose another --out') from None
+                            'or choose a different --out') from None
 
     def start(self):
         """Makes the folder of a new run, or gets that of a continued one ready."""
@@ -731,6 +742,9 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.lock is None:
                 self.lock_folder()
+                if self.files():
+                    raise UserError(f'{self.folder} has just been used by another run: choose a '
+                                    'different --out')
             # For people to read. The script itself keeps the settings in last.pt.
             write_text(self.folder / 'settings.json', json.dumps(self.settings, indent=1) + '\n')
             if self.history:
@@ -848,15 +862,23 @@ def explained_errors(run, device):
             raise UserError(f'{device} has too little memory for batches of '
                             f'{run.settings["batch_size"]} images: start a new run with a smaller '
                             '--batch-size, in a different folder') from None
-        if text.startswith('DataLoader worker (pid') or 'shared memory' in text:
+        if (text.startswith('DataLoader worker (pid')
+                or 'unable to allocate shared memory' in text):
             silence_threads()
-            raise UserError('a worker process has died for lack of memory, or of shared memory '
-                            '(docker run --shm-size 2g helps then): '
+            raise UserError('a worker process has died, perhaps for lack of memory, or of shared '
+                            f'memory (docker run --shm-size 2g helps then): '
                             f'{run.how_to_continue()}; add --workers 0 if it happens again'
                             ) from None
-        if isinstance(error, distributed.DistError) or 'gloo' in text:
-            raise UserError(lost_process_message(error)) from None
+        if distributed.is_initialized():
+            if isinstance(error, distributed.DistError) or 'gloo/transport' in text:
+                raise UserError(lost_process_message(error)) from None
         raise
+    except OSError as error:
+        # `write` has explained errors of our own files. Without a file name, it is stdout.
+        if error.filename is None:
+            raise UserError(f'cannot print: {error.strerror}; {run.how_to_continue()}') from None
+        # An error in a change of the script, which must keep its traceback: see run_script.
+        raise RuntimeError('the training has failed') from error
 
 
 def silence_threads():
@@ -910,7 +932,8 @@ def write_and_replace(path, temporary, content):
 
 def write_text(path, text):
     """Writes a text file, as `write` does."""
-    return write(path, lambda file: file.write(text.encode()))
+    # surrogateescape: Linux allows file names that are not Unicode. They are written as they are.
+    return write(path, lambda file: file.write(text.encode(errors='surrogateescape')))
 
 
 def write_checkpoint(path, checkpoint):
@@ -945,24 +968,29 @@ def load_checkpoint(path):
                         'a checkpoint')
     # What zipfile and torch.load raise when bits of a file are wrong.
     errors_of_corrupt_files = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError,
-                               pickle.UnpicklingError, ValueError, EOFError, OSError)
-    problem = None
+                               pickle.UnpicklingError, ValueError, LookupError, EOFError, OSError)
     with open(path, 'rb') as file:
         try:
-            # A checkpoint is a zip file. PyTorch does not check the checksums in it.
-            bad_part = zipfile.ZipFile(file).testzip()
-            if bad_part is not None:
-                problem = f'wrong checksum of {bad_part}'
+            check_zip_file(file)
             file.seek(0)
             checkpoint = torch.load(file, weights_only=True, map_location='cpu')
         except errors_of_corrupt_files as error:
-            problem = problem or type(error).__name__
-    if problem is not None:
-        raise UserError(f'{path} is corrupt, or not a checkpoint ({problem}); '
-                        'nothing in it was executed')
+            raise UserError(f'{path} is corrupt, or not a checkpoint ({type(error).__name__}); '
+                            'nothing in it was executed') from None
     if not isinstance(checkpoint, dict) or 'trained_for' not in checkpoint:
         raise UserError(f'{path} is incompatible: not a checkpoint of this version of the script')
     return checkpoint
+
+
+def check_zip_file(file):
+    """Raises BadZipFile if a bit of a checkpoint is wrong. A checkpoint is a zip file, but PyTorch
+    does not check the checksums in it."""
+    with zipfile.ZipFile(file) as archive:
+        bad_part = archive.testzip()
+        # PyTorch writes no file attributes. With some, it skips a tensor as if that were a folder.
+        has_attributes = any(part.external_attr != 0 for part in archive.infolist())
+    if bad_part is not None or has_attributes:
+        raise zipfile.BadZipFile
 
 
 def load_weights(model, checkpoint, path):

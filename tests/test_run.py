@@ -85,7 +85,7 @@ def test_a_run_leaves_checkpoints_history_settings_and_pictures(small, finished,
                        'mistakes.png', 'settings.json']
     assert json.loads((folder / 'settings.json').read_text()) == {
         'data_dir': str(few), 'epochs': 3, 'batch_size': 4, 'lr': .001, 'seed': 0,
-        'no_amp': False}
+        'no_amp': False, 'demo': False}
     printed = [LINE.fullmatch(line).groups() for line in done.stdout.splitlines()[:3]]
     for row, line in zip(history(folder), printed, strict=True):
         values = [row[name] for name in ('train_acc', 'train_loss', 'val_acc', 'val_loss')]
@@ -109,6 +109,31 @@ def test_a_folder_that_holds_files_is_left_alone(small, few, tmp_path):
     done = small.call('--data-dir', few, '--epochs', 1, '--device', 'cpu', '--out', 'mine')
     assert done.returncode == 1 and 'mine already holds files' in done.stderr
     assert os.listdir(tmp_path / 'mine') == ['thesis.txt']
+
+
+def test_best_weights_without_a_last_checkpoint_are_left_alone(small, copy_of_finished):
+    (copy_of_finished / 'last.pt').unlink()
+    best = (copy_of_finished / 'best.pt').read_bytes()
+    done = small.call('--out', 'run', '--resume', '--device', 'cpu')
+    assert done.returncode == 1 and 'last.pt is missing' in done.stderr
+    assert (copy_of_finished / 'best.pt').read_bytes() == best
+
+
+def test_a_run_started_while_another_one_reads_its_photographs(small, few, tmp_path, monkeypatch):
+    """The second one makes the folder, and has trained before the first one gets there."""
+    started = []
+
+    def cpu_count():  # the cores are counted when the photographs are read
+        if not started:
+            started.append(small.run('--data-dir', few, '--epochs', 1, '--device', 'cpu',
+                                     '--out', 'run'))
+        return 2
+    monkeypatch.setattr(os, 'cpu_count', cpu_count)
+    done = small.call('--data-dir', few, '--epochs', 2, '--device', 'cpu', '--out', 'run',
+                      '--resume')
+    assert started[0].returncode == 0, started[0].stderr
+    assert done.returncode == 1 and 'just been used by another run' in done.stderr
+    assert len(checkpoint(tmp_path / 'run')['history']) == 1
 
 
 def test_each_run_takes_the_next_free_folder(small, few, tmp_path):
@@ -138,7 +163,7 @@ def test_resuming_a_finished_run_draws_its_pictures_anew(small, finished, copy_o
 
 
 @pytest.mark.parametrize('arguments', [('--batch-size', '8'), ('--lr', '0.01'), ('--seed', '1'),
-                                       ('--no-amp',), ('--epochs', '2')])
+                                       ('--no-amp',), ('--epochs', '2'), ('--demo',)])
 def test_resuming_with_other_settings_is_refused(small, copy_of_finished, arguments):
     before = (copy_of_finished / 'last.pt').read_bytes()
     done = small.call('--out', 'run', '--resume', '--device', 'cpu', *arguments)
@@ -276,6 +301,12 @@ def spoil(file, kind):
         torch.save({'model': Malicious(), 'trained_for': {}}, file)
     elif kind == 'foreign':
         torch.save({'weight': torch.zeros(3)}, file)
+    elif kind == 'attribute bit':
+        # It makes PyTorch take a tensor for a folder, and leave its memory as it was.
+        changed = bytearray(whole)
+        entry = whole.index(b'/data/0', whole.rindex(b'PK\1\2', 0, whole.rindex(b'/data/0'))) - 46
+        changed[whole.rindex(b'PK\1\2', 0, entry + 46) + 38] ^= 16
+        file.write_bytes(changed)
     else:
         # One bit in the middle of the smallest or the largest tensor.
         with zipfile.ZipFile(file) as archive:
@@ -289,7 +320,7 @@ def spoil(file, kind):
 
 
 @pytest.mark.parametrize('kind', ['cut off', 'empty', 'pickle', 'malicious', 'foreign',
-                                  'small bit', 'large bit'])
+                                  'small bit', 'large bit', 'attribute bit'])
 @pytest.mark.parametrize('name', ['last.pt', 'best.pt'])
 def test_a_bad_checkpoint_is_named_in_one_line_and_not_executed(
         small, copy_of_finished, few, tmp_path, kind, name):

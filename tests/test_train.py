@@ -157,7 +157,7 @@ def test_the_books_settings_are_the_defaults(scripts, food11, tmp_path):
     assert LINE.fullmatch(line).groups()[:2] == ('001', '100')
     settings = (tmp_path / 'runs' / '001' / 'settings.json').read_text()
     assert '"epochs": 100' in settings and '"batch_size": 128' in settings
-    assert '"lr": 0.001' in settings and '"seed": 0' in settings and './food-11"' in settings
+    assert '"lr": 0.001' in settings and '"seed": 0' in settings and 'food-11"' in settings
     assert process.returncode == 130 and len(errors.splitlines()) == 4
     assert 'PyTorch finds no GPU' in errors and 'holds no checkpoint yet; start again' in errors
 
@@ -399,4 +399,11 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(edited, few):
 def test_an_engineers_mistake_keeps_its_traceback(edited, few):
     broken = edited({'    transforms.RandomRotation(15),': '    lambda image: 1 / 0,'})
     with pytest.raises(ZeroDivisionError):
+        broken.call('--data-dir', few, '--device', 'cpu')
+    broken = edited({'    transforms.RandomRotation(15),': '    lambda image: open("none.png"),'})
+    with pytest.raises(RuntimeError) as error:
+        broken.call('--data-dir', few, '--device', 'cpu')
+    assert isinstance(error.value.__cause__, FileNotFoundError)
+    broken = edited({'cv2.IMREAD_COLOR': 'cv2.IMREAD_GRAYSCALE'})
+    with pytest.raises(ValueError, match='broadcast'):
         broken.call('--data-dir', few, '--device', 'cpu')

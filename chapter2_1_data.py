@@ -174,8 +174,8 @@ def list_images(path):
     for folder in folders:
         image_files += [file for file in folder.iterdir() if is_image(file)]
     if not image_files:
-        raise UserError(f'no photographs in {path}: it should hold files such as 0_0.jpg '
-                        '(see food-11/README.md)')
+        raise UserError(f'no photographs in {path}; food-11/README.md says where to get those '
+                        'of food-11')
     # Sorted as strings, as in the book. Windows would sort paths without regard to case.
     return sorted(image_files, key=str)
 
@@ -243,7 +243,9 @@ def missing_folder_message(path):
     # instead of food-11/training.
     similar = list(path.parent.glob(f'*/{path.name}'))
     # Or --data-dir food-11/training was given, and food-11/training/training is missing.
-    similar += path.parent.parent.glob(path.name)
+    one_folder_up = path.parent.parent / path.name
+    if one_folder_up.is_dir():
+        similar.append(one_folder_up)
     if similar:
         return f'no folder {path.absolute()}: did you mean --data-dir "{similar[0].parent}"?'
     return (f'no folder {path.absolute()}: food-11/README.md says where to get the photographs; '
@@ -294,7 +296,7 @@ class ImgDataset(Dataset):
         return img, self.y[index]
 
     def apply_transform(self, img, index):
-        """The transformed image. Once an epoch is set, it is the same each time."""
+        """The transformed image. After set_epoch it is the same each time, until the next epoch."""
         epoch = self.epoch.item()
         if epoch == self.NO_EPOCH:
             return self.transform(img)
@@ -327,11 +329,12 @@ def make_loaders(train_set, val_set, images_per_step, workers=0, pin_memory=Fals
                  world_size=1, rank=0, seed=0):
     """The book's train_loader, which shuffles, and its val_loader, which does not.
 
-    Their images are uint8 (N, 128, 128, 3), to be brought to the GPU with to_input, which does the
-    rest: see as_bytes. If several processes train together, val_set must already be the part of
-    the images that this process evaluates.
+    The images in the batches are still uint8, with the channels last: the work of ToTensor is done
+    later, by to_input on the GPU (as_bytes says why). If several processes train together, val_set
+    must already be the part of the images that this process evaluates.
 
-    images_per_step: the book's batch_size. If several processes train together, they share it.
+    images_per_step: the book's batch_size, the number of images in a training step. If several
+    processes train together, they share these images.
     workers: how many processes prepare the training batches; 0: the main process does it.
     pin_memory: whether to keep batches in memory from which a CUDA GPU can copy them faster.
     world_size, rank: how many processes train together, and the number of this one, counted from
@@ -349,12 +352,13 @@ def make_loaders(train_set, val_set, images_per_step, workers=0, pin_memory=Fals
         # Forked workers can read the images in the memory of the main process. Otherwise the
         # images would have to be in shared memory, and in Docker that is small.
         start_method = 'fork'
-    images_per_process = images_per_step // world_size
     # persistent_workers: they are started once, not in every epoch.
-    train_loader = DataLoader(as_bytes(train_set), batch_size=images_per_process, sampler=sampler,
+    train_loader = DataLoader(as_bytes(train_set), sampler=sampler,
+                              batch_size=images_per_step // world_size,
                               num_workers=workers, pin_memory=pin_memory,
                               persistent_workers=workers > 0, multiprocessing_context=start_method)
-    val_loader = DataLoader(as_bytes(val_set), batch_size=images_per_process, shuffle=False)
+    val_loader = DataLoader(as_bytes(val_set), batch_size=images_per_step // world_size,
+                            shuffle=False)
     return train_loader, val_loader
 
 
@@ -567,7 +571,7 @@ def add_data_arguments(parser):
 
 def make_demo():
     """Makes a small food-11 of drawn dishes in demo_dir."""
-    # The demo uses the tests' fake photographs. Imported here, as nothing else does.
+    # The fake photographs are those of the tests. Imported here, because only --demo needs them.
     from tests.fake_food11 import draw_food11
     draw_food11(demo_dir, class_count=len(CLASSES))
 

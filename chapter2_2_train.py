@@ -201,7 +201,7 @@ def train(model, train_loader, val_loader, loss, optimizer, device, autocast, sc
 
         train_acc, train_loss = train_epoch(parallel_model, train_loader, loss, optimizer,
                                             device, autocast, scaler, title)
-        # With several processes, each has its own batch norm statistics. All take those of the
+        # With several processes on the CPU, the batch norm statistics differ: all take those of the
         # main process. With one process, this does nothing.
         share_batch_norm(model)
         val_acc, val_loss = evaluate(model, val_loader, device, autocast, f'{title} validation')
@@ -278,7 +278,7 @@ def main():
 
 
 # ----------------------------------------------------------------------------------------------
-# The book's chapter ends here. The rest makes the script fast, safe to leave alone, and useful
+# The book's chapter ends here. The rest makes the script fast, safe to run unattended, and useful
 # after the training: command line, hardware, several processes, the run's folder, pictures,
 # prediction, dreams.
 # ----------------------------------------------------------------------------------------------
@@ -442,7 +442,7 @@ def print_hardware(device, wanted, settings, workers, world_size):
         if gpu_count > 1 and world_size == 1:
             print(f'{gpu_count} GPUs are here, one is used: torchrun --nproc-per-node {gpu_count} '
                   'chapter2_2_train.py uses all of them', file=sys.stderr)
-    if device.type == 'cpu' and wanted is None:
+    if device.type == 'cpu' and wanted is None and not torch.accelerator.is_available():
         print('PyTorch finds no GPU: see "GPU" in README.md', file=sys.stderr)
     dtype = str(fastest_dtype(device, settings['no_amp'])).removeprefix('torch.')
     print(f'device {name}, precision {dtype}, loader workers {workers}, processes {world_size}',
@@ -516,8 +516,10 @@ def choose_workers(wanted, device, batch_size, rank):
     if os.path.isdir('/dev/shm'):
         # Workers send batches through shared memory, and Docker provides only 64 MB of that. For
         # each worker there must be room for four: two waiting, one being made, and one in use.
-        # (All processes of a run share the memory, but they share the batches as well.)
-        batch_bytes = 3 * data.image_size ** 2 * batch_size
+        # (Several processes share the memory, but each of them makes smaller batches.)
+        blank = np.zeros((1, data.image_size, data.image_size, 3), dtype=np.uint8)
+        sample = data.as_bytes(data.ImgDataset(blank, transform=data.train_transform))[0]
+        batch_bytes = np.asarray(sample).nbytes * batch_size
         possible = shutil.disk_usage('/dev/shm').free // (4 * batch_bytes)
         if possible < workers:
             workers = possible
@@ -535,7 +537,7 @@ def keep_on_gpu(val_loader, device):
 
 
 def tune_pytorch(device, batch_size):
-    """Settings that make the training faster. They are those of the whole process."""
+    """Settings that make the training faster. They apply to everything in this process."""
     # cuDNN tries several algorithms for each convolution, and then uses the fastest.
     torch.backends.cudnn.benchmark = True
     if device.type == 'cpu' and sys.platform == 'linux':
@@ -589,8 +591,9 @@ def join_processes(device):
     else:
         # torchrun has limited each process to one thread.
         torch.set_num_threads(available_cores())
-    # The processes leave their addresses for each other in the store. env://: torchrun has put
-    # into environment variables where that is. (rendezvous is a generator; one item is enough.)
+    # rendezvous connects to the store, a small server of torchrun's in which each process leaves
+    # its address for the others. env://: environment variables say where it is. next: rendezvous
+    # is a generator, and its first item is enough.
     store, rank, world_size = next(distributed.rendezvous('env://'))
     one_machine = os.environ['GROUP_WORLD_SIZE'] == '1'
     if one_machine:
@@ -892,8 +895,7 @@ def write(path, write_content):
     """Writes a file in such a way that it is complete, or else as it was before.
 
     write_content: a function that writes the content into an open file.
-    Returns False if Windows does not allow replacing the file for two seconds, because another
-    program uses it.
+    Returns False if another program uses the file, so that Windows does not allow replacing it.
     Raises UserError if the file cannot be written, for example because the disk is full.
     """
     # Into memory first: torch.save has no clear error for a full disk.
@@ -901,26 +903,37 @@ def write(path, write_content):
     write_content(content)
     temporary = path.with_name(path.name + '.tmp')
     try:
-        for _ in range(20):
-            try:
-                write_and_replace(path, temporary, content.getbuffer())
-                return True
-            except PermissionError:
-                if not os.access(path.parent, os.W_OK):
-                    raise
-                # On Windows, another program, such as a virus scanner, has one of the files open.
-                time.sleep(0.1)
+        written = replace_patiently(path, temporary, content.getbuffer())
     except OSError as error:
         raise UserError(f'cannot write {path}: {error.strerror}; '
                         'what was saved before is intact') from None
     finally:
+        # If it cannot be deleted now, the next `write` replaces it.
         with contextlib.suppress(PermissionError):
             temporary.unlink(missing_ok=True)
-    print(f'{path} is in use by another program and was left as it was', file=sys.stderr)
+    if not written:
+        print(f'{path} is in use by another program and was left as it was', file=sys.stderr)
+    return written
+
+
+def replace_patiently(path, temporary, content):
+    """Replaces a file, but if another program uses it (on Windows), tries for two seconds first.
+
+    Returns whether that was possible.
+    """
+    for _ in range(20):
+        try:
+            replace_file(path, temporary, content)
+            return True
+        except PermissionError:
+            if not os.access(path.parent, os.W_OK):
+                # It is the folder that cannot be written to. Waiting does not help.
+                raise
+            time.sleep(0.1)
     return False
 
 
-def write_and_replace(path, temporary, content):
+def replace_file(path, temporary, content):
     """Writes the bytes into the temporary file, and puts that in the place of `path`."""
     with open(temporary, 'wb') as file:
         file.write(content)
@@ -942,15 +955,12 @@ def write_checkpoint(path, checkpoint):
 
 
 def weights_checkpoint(model):
-    """A checkpoint that is enough for --predict: the weights, and what they were trained for."""
-    return {'model': model.state_dict(), 'trained_for': trained_for(model)}
+    """A checkpoint that is enough for --predict: the weights, and what they require."""
+    return {'model': model.state_dict(), 'requirements': requirements(model)}
 
 
-def trained_for(model):
-    """What the weights are trained for: this network, these classes, and images like these.
-
-    When a checkpoint is used, all of it must be the same again.
-    """
+def requirements(model):
+    """What must be the same when the weights are used again."""
     # The text of a transform may contain the address of a function in memory, which is different
     # each time the script runs.
     test_transform = re.sub(' at 0x[0-9a-fA-F]+', '', str(data.test_transform))
@@ -977,7 +987,7 @@ def load_checkpoint(path):
         except errors_of_corrupt_files as error:
             raise UserError(f'{path} is corrupt, or not a checkpoint ({type(error).__name__}); '
                             'nothing in it was executed') from None
-    if not isinstance(checkpoint, dict) or 'trained_for' not in checkpoint:
+    if not isinstance(checkpoint, dict) or 'requirements' not in checkpoint:
         raise UserError(f'{path} is incompatible: not a checkpoint of this version of the script')
     return checkpoint
 
@@ -997,10 +1007,10 @@ def load_weights(model, checkpoint, path):
     """Puts the weights of a checkpoint into the network.
 
     path: where the checkpoint comes from, for error messages.
-    Raises UserError if they were trained for another network, other classes or other images.
+    Raises UserError if they require a different network, different classes or different images.
     """
-    for name, now in trained_for(model).items():
-        then = checkpoint['trained_for'].get(name)
+    for name, now in requirements(model).items():
+        then = checkpoint['requirements'].get(name)
         if then != now:
             raise UserError(f'{path} is incompatible: its {name} was {then}, now it is {now}')
     try:
@@ -1030,7 +1040,7 @@ def restore(model, optimizer, scaler, checkpoint, path):
         for name, value in averages.items():
             if value.shape == weights.shape:
                 averages[name] = torch.empty_like(weights).copy_(value)
-    # The state of the scaler is empty if the run was continued without float16 in between.
+    # The scaler's state is empty if the checkpoint was written on a device without float16.
     if scaler.is_enabled() and checkpoint['scaler']:
         scaler.load_state_dict(checkpoint['scaler'])
 
@@ -1241,11 +1251,11 @@ def read_readable(image_files):
     failures = data.on_all_cores(read, image_files)
     for file, reason in sorted(failures.items()):
         print(f'{file}: {reason}', file=sys.stderr)
-    readable = [image_files[i] for i in sorted(images)]
-    x = np.zeros((len(readable), data.image_size, data.image_size, 3), dtype=np.uint8)
-    for row, i in enumerate(sorted(images)):
+    numbers = sorted(images)
+    x = np.zeros((len(numbers), data.image_size, data.image_size, 3), dtype=np.uint8)
+    for row, i in enumerate(numbers):
         x[row] = images[i]
-    return x, readable
+    return x, [image_files[i] for i in numbers]
 
 
 def three_likeliest(probabilities):
@@ -1293,8 +1303,8 @@ def dream(model, device, steps=100):
     for that class.
 
     Formula 1.2.2 of the book: the image x of class i makes y_i - sum |x| large, where y_i is the
-    probability of the class. Here it is log y_i - c * sum |x|. (With c = 0, that is largest for
-    the same image as y_i, which is formula 1.2.1.)
+    probability of the class. Here it is log y_i - c * sum |x|. The logarithm grows with y_i, so
+    c = 0 gives formula 1.2.1.
     Returns the images, float (11, 128, 128, 3), BGR in 0..1, and their probabilities y_i (11,).
 
     The images are what the network takes as input, after test_transform. If that ends with

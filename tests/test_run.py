@@ -298,7 +298,7 @@ def spoil(file, kind):
     elif kind == 'pickle':
         file.write_bytes(pickle.dumps(Malicious(), 2))
     elif kind == 'malicious':
-        torch.save({'model': Malicious(), 'trained_for': {}}, file)
+        torch.save({'model': Malicious(), 'requirements': {}}, file)
     elif kind == 'foreign':
         torch.save({'weight': torch.zeros(3)}, file)
     elif kind == 'attribute bit':

@@ -78,7 +78,8 @@ def readfile(path, failures=None):
 def read_food11(folder):
     """Returns train_x, train_y, val_x and val_y, as readfile reads them.
 
-    Raises UserError. Its message lists all files of both folders that cannot be used.
+    Raises UserError if the CLASSES cannot be used, or photographs: its message then lists all files
+    of both folders that cannot be used.
     """
     check_classes()
     failures = {}
@@ -139,7 +140,7 @@ def label_of_class_folder(name):
 
 
 def simplified(name):
-    """A name without upper case, spaces and punctuation: Noodles-Pasta equals Noodles/Pasta."""
+    """A name in lower case, without spaces and punctuation: Noodles-Pasta equals Noodles/Pasta."""
     # NFKC: in Unicode, é can be one character, or e and an accent. Afterwards it is one.
     name = unicodedata.normalize('NFKC', name).casefold()
     return ''.join(character for character in name if character.isalnum())
@@ -325,49 +326,6 @@ test_transform = transforms.Compose([
 ])
 
 
-def make_loaders(train_set, val_set, images_per_step, workers=0, pin_memory=False,
-                 world_size=1, rank=0, seed=0):
-    """The book's train_loader, which shuffles, and its val_loader, which does not.
-
-    The images in the batches are still uint8, with the channels last: the work of ToTensor is done
-    later, by to_input on the GPU (as_bytes says why). If several processes train together, val_set
-    must already be the part of the images that this process evaluates.
-
-    images_per_step: the book's batch_size, the number of images in a training step. If several
-    processes train together, they share these images.
-    workers: how many processes prepare the training batches; 0: the main process does it.
-    pin_memory: whether to keep batches in memory from which a CUDA GPU can copy them faster.
-    world_size, rank: how many processes train together, and the number of this one, counted from
-    0 (see chapter2_2_train.py). seed: for the shuffling.
-
-    Call set_epoch(train_loader, epoch) before each epoch, or all epochs have the same order.
-    """
-    # The sampler does what shuffle=True does in the book. But its order can be repeated, and of
-    # several processes, each gets a different part of the images.
-    sampler = DistributedSampler(train_set, num_replicas=world_size, rank=rank, shuffle=True,
-                                 seed=seed)
-    # How workers are started; None stands for the system's default.
-    start_method = None
-    if workers > 0 and sys.platform == 'linux':
-        # Forked workers can read the images in the memory of the main process. Otherwise the
-        # images would have to be in shared memory, and in Docker that is small.
-        start_method = 'fork'
-    # persistent_workers: they are started once, not in every epoch.
-    train_loader = DataLoader(as_bytes(train_set), sampler=sampler,
-                              batch_size=images_per_step // world_size,
-                              num_workers=workers, pin_memory=pin_memory,
-                              persistent_workers=workers > 0, multiprocessing_context=start_method)
-    val_loader = DataLoader(as_bytes(val_set), batch_size=images_per_step // world_size,
-                            shuffle=False)
-    return train_loader, val_loader
-
-
-def set_epoch(train_loader, epoch):
-    """Sets the order and the augmentation of the images in the next epoch."""
-    train_loader.sampler.set_epoch(epoch)
-    train_loader.dataset.set_epoch(epoch)
-
-
 def as_bytes(dataset):
     """The same dataset, but its images are uint8 (128, 128, 3) in 0..255, if that is possible.
 
@@ -407,6 +365,49 @@ def to_device(tensor, device):
     """Copies a tensor to the device."""
     # non_blocking: Python does not wait until the copy is complete. With CUDA that is safe.
     return tensor.to(device, non_blocking=device.type == 'cuda')
+
+
+def make_loaders(train_set, val_set, images_per_step, workers=0, pin_memory=False,
+                 world_size=1, rank=0, seed=0):
+    """The book's train_loader, which shuffles, and its val_loader, which does not.
+
+    The images in the batches are those of as_bytes, for to_input.
+    images_per_step: the book's batch_size, the number of images in a training step. If several
+    processes train together, they share these images. val_set must then be the part of the images
+    that this process evaluates, because a sampler would count some images twice.
+    workers: how many processes prepare the training batches; 0: the main process does it.
+    pin_memory: whether to keep batches in memory from which a CUDA GPU can copy them faster.
+    world_size, rank: how many processes train together, and the number of this one, counted from
+    0 (see chapter2_2_train.py). seed: for the shuffling.
+
+    Call set_epoch(train_loader, epoch) before each epoch, or all epochs have the same order.
+    """
+    # Like shuffle=True in the book, but the order depends only on seed and epoch, so that a run can
+    # be repeated. And several processes get equal shares of the images (to make the shares equal,
+    # a few images may occur twice).
+    sampler = DistributedSampler(train_set, num_replicas=world_size, rank=rank, shuffle=True,
+                                 seed=seed)
+    # How workers are started; None stands for the system's default.
+    start_method = None
+    if workers > 0 and sys.platform == 'linux':
+        # Forked workers can read the images in the memory of the main process. Otherwise the
+        # images would have to be in shared memory, and in Docker that is small.
+        start_method = 'fork'
+    # as_bytes: train_set without its step ToTensor, which to_input does on the GPU.
+    # persistent_workers: they are started once, not in every epoch.
+    train_loader = DataLoader(as_bytes(train_set), sampler=sampler,
+                              batch_size=images_per_step // world_size,
+                              num_workers=workers, pin_memory=pin_memory,
+                              persistent_workers=workers > 0, multiprocessing_context=start_method)
+    val_loader = DataLoader(as_bytes(val_set), batch_size=images_per_step // world_size,
+                            shuffle=False)
+    return train_loader, val_loader
+
+
+def set_epoch(train_loader, epoch):
+    """Sets the order and the augmentation of the images in the next epoch."""
+    train_loader.sampler.set_epoch(epoch)
+    train_loader.dataset.set_epoch(epoch)
 
 
 # ---- Looking at the data (section 2.2) -------------------------------------------------------
@@ -454,7 +455,8 @@ def show_classes(axes, train_set, augmentations=4):
                 img, _ = dataset[index]
             cells.append(img)
     margin = 8  # pixels between the images
-    grid = make_grid(cells, nrow=len(CLASSES), padding=margin, pad_value=1)  # 1: white
+    # nrow: the number of images in a row. pad_value: 1 is white.
+    grid = make_grid(cells, nrow=len(CLASSES), padding=margin, pad_value=1)
     axes.imshow(to_rgb(grid))
 
     column_names = []
@@ -597,8 +599,8 @@ def run_script(script_main):
 def interrupt(number, frame):
     """Turns Ctrl-C (SIGINT) and the system's request to end (SIGTERM) into a KeyboardInterrupt.
 
-    More signals are then ignored, so that the script can say in peace what it has saved. torchrun,
-    for example, sends SIGTERM after a Ctrl-C.
+    Further signals are then ignored, so that they do not interrupt the message about what is saved.
+    torchrun, for example, sends SIGTERM after a Ctrl-C.
     """
     signal.signal(signal.SIGINT, ignore)
     signal.signal(signal.SIGTERM, ignore)
@@ -610,8 +612,11 @@ def interrupt(number, frame):
 
 
 def ignore(number, frame):
-    """A signal handler that does nothing."""
-    # With signal.SIG_IGN in its place, Python complains about a signal that has just arrived.
+    """A signal handler that does nothing.
+
+    It is used instead of signal.SIG_IGN, because a signal may have arrived already that Python has
+    not handled yet. With SIG_IGN, Python would have no function to call, and print an error.
+    """
 
 
 if __name__ == '__main__':

@@ -231,6 +231,7 @@ def main():
     # rank: the number of this process, counted from 0; world_size: how many train together.
     rank, world_size = join_processes(device)
     run = Run(args.out, rank)
+    # Also takes over the history of a run that is continued, and locks its folder.
     checkpoint = run.find_checkpoint(args.resume)
     run.settings = choose_settings(args, checkpoint, world_size)
     batch_size = run.settings['batch_size']
@@ -240,7 +241,7 @@ def main():
         print_hardware(device, args.device, run.settings, workers, world_size)
 
     # The data (section 2.2)
-    if args.demo:
+    if run.settings['demo']:
         make_demo_once()
     train_x, train_y, val_x, val_y = data.read_food11(run.settings['data_dir'])
     train_set = data.ImgDataset(train_x, train_y, data.train_transform, seed)
@@ -287,7 +288,7 @@ def main():
 # ---- Command line ----------------------------------------------------------------------------
 
 def parse_arguments():
-    """Reads the command line. Settings that are not given are None: see choose_settings."""
+    """Reads the command line. Numbers that are not given are None: see choose_settings."""
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     data.add_data_arguments(parser)
@@ -352,13 +353,15 @@ def choose_settings(args, checkpoint, world_size):
     defaults = {'data_dir': data.data_dir, 'epochs': num_epoch, 'batch_size': data.batch_size,
                 'lr': learning_rate, 'seed': 0, 'no_amp': False, 'demo': False}
     given = {}
-    for name in defaults:
+    for name in ('data_dir', 'epochs', 'batch_size', 'lr', 'seed', 'no_amp'):
         value = getattr(args, name)
         if value is not None:
             given[name] = value
     if args.demo:
         defaults.update(DEMO_SETTINGS)
-    if args.data_dir is not None:
+        given['demo'] = True
+    elif args.data_dir is not None:
+        # A run of the demo cannot continue with other photographs.
         given['demo'] = False
     saved = {}
     if checkpoint is not None:
@@ -517,6 +520,7 @@ def choose_workers(wanted, device, batch_size, rank):
         # Workers send batches through shared memory, and Docker provides only 64 MB of that. For
         # each worker there must be room for four: two waiting, one being made, and one in use.
         # (Several processes share the memory, but each of them makes smaller batches.)
+        # How large a batch is, is measured with a blank image: that depends on the transform.
         blank = np.zeros((1, data.image_size, data.image_size, 3), dtype=np.uint8)
         sample = data.as_bytes(data.ImgDataset(blank, transform=data.train_transform))[0]
         batch_bytes = np.asarray(sample).nbytes * batch_size
@@ -744,6 +748,7 @@ class Run:
                 self.folder = make_next_folder()
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.lock is None:
+                # There was no folder to lock before. A different run may have made it since then.
                 self.lock_folder()
                 if self.files():
                     raise UserError(f'{self.folder} has just been used by another run: choose a '
@@ -807,7 +812,7 @@ class Run:
         table.writeheader()
         table.writerows(self.history)
         write_text(self.folder / 'history.csv', text.getvalue())
-        write(self.folder / 'curves.png', draw_curves(self.history).savefig)
+        write_figure(self.folder / 'curves.png', draw_curves(self.history))
 
     def describe_saved(self):
         """Says what the folder holds that the run can be continued from."""
@@ -877,10 +882,12 @@ def explained_errors(run, device):
                 raise UserError(lost_process_message(error)) from None
         raise
     except OSError as error:
-        # `write` has explained errors of our own files. Without a file name, it is stdout.
         if error.filename is None:
-            raise UserError(f'cannot print: {error.strerror}; {run.how_to_continue()}') from None
-        # An error in a change of the script, which must keep its traceback: see run_script.
+            # For example "Broken pipe", if stdout has been closed.
+            raise UserError(f'{error.strerror}; {run.how_to_continue()}') from None
+        # run_script shows an OSError without its traceback. But `write` has explained the errors of
+        # the run's own files, so this one comes from code that somebody has added to the script.
+        # As the cause of a RuntimeError, it keeps its traceback.
         raise RuntimeError('the training has failed') from error
 
 
@@ -917,9 +924,9 @@ def write(path, write_content):
 
 
 def replace_patiently(path, temporary, content):
-    """Replaces a file, but if another program uses it (on Windows), tries for two seconds first.
+    """Replaces a file. While another program uses it (on Windows), tries again, for two seconds.
 
-    Returns whether that was possible.
+    Returns whether it succeeded.
     """
     for _ in range(20):
         try:
@@ -947,6 +954,11 @@ def write_text(path, text):
     """Writes a text file, as `write` does."""
     # surrogateescape: Linux allows file names that are not Unicode. They are written as they are.
     return write(path, lambda file: file.write(text.encode(errors='surrogateescape')))
+
+
+def write_figure(path, figure):
+    """Writes a matplotlib figure as a PNG file, as `write` does."""
+    return write(path, lambda file: figure.savefig(file, format='png'))
 
 
 def write_checkpoint(path, checkpoint):
@@ -997,7 +1009,8 @@ def check_zip_file(file):
     does not check the checksums in it."""
     with zipfile.ZipFile(file) as archive:
         bad_part = archive.testzip()
-        # PyTorch writes no file attributes. With some, it skips a tensor as if that were a folder.
+        # PyTorch always writes 0 as an entry's attributes. A wrong bit there can make PyTorch treat
+        # the entry as a folder, and skip it.
         has_attributes = any(part.external_attr != 0 for part in archive.infolist())
     if bad_part is not None or has_attributes:
         raise zipfile.BadZipFile
@@ -1161,8 +1174,8 @@ def report(folder, val_x, val_y, batch_size, device, autocast):
     for true, predicted in zip(val_y, probabilities.argmax(1)):
         counts[true, predicted] += 1
     print_accuracies(counts)
-    write(folder / 'confusion.png', draw_confusion(counts).savefig)
-    write(folder / 'mistakes.png', draw_mistakes(val_x, val_y, probabilities).savefig)
+    write_figure(folder / 'confusion.png', draw_confusion(counts))
+    write_figure(folder / 'mistakes.png', draw_mistakes(val_x, val_y, probabilities))
 
 
 @torch.no_grad()
@@ -1203,7 +1216,7 @@ def predict_or_dream(args):
     folder = Path(args.out)
     model = load_model(folder / args.checkpoint, device)
     if args.dreams:
-        write(folder / 'dreams.png', draw_dreams(model, device).savefig)
+        write_figure(folder / 'dreams.png', draw_dreams(model, device))
         print(f'picture written to {folder / "dreams.png"}')
     if args.predict:
         autocast, _ = mixed_precision(device, args.no_amp)
@@ -1299,8 +1312,8 @@ def draw_dreams(model, device):
 
 
 def dream(model, device, steps=100):
-    """Gradient ascent on the input (section 1.2): for each class, an image that the network takes
-    for that class.
+    """Gradient ascent on the input (section 1.2): for each class, an image that the network
+    classifies as that class.
 
     Formula 1.2.2 of the book: the image x of class i makes y_i - sum |x| large, where y_i is the
     probability of the class. Here it is log y_i - c * sum |x|. The logarithm grows with y_i, so

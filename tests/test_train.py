@@ -170,6 +170,11 @@ def test_the_demo_has_settings_of_its_own_and_leaves_food_11_alone(small, tmp_pa
     assert '"batch_size": 16' in settings and '"lr": 0.0001' in settings
     assert len(os.listdir(tmp_path / 'food-11-demo' / 'training')) == 330
     assert not os.listdir(tmp_path / 'food-11')
+    # As how_to_continue says, without --demo.
+    out = Path('runs', '001')
+    assert small.call('--out', out, '--resume', '--device', 'cpu').returncode == 0
+    done = small.call('--out', out, '--resume', '--device', 'cpu', '--data-dir', 'food-11')
+    assert done.returncode == 1 and '--demo True' in done.stderr
 
 
 def test_stdout_has_the_epochs_and_the_table_and_nothing_else(small, few):

@@ -98,6 +98,29 @@ def test_predictions_and_dreams(fake_gpu, monkeypatch):
     assert images.shape == (11, 128, 128, 3) and images.device == y.device == CPU
 
 
+@pytest.mark.parametrize('layout', [torch.channels_last, torch.contiguous_format])
+def test_adams_averages_take_the_layout_of_their_weights(layout):
+    """A checkpoint from a device with the other layout; fused Adam on CUDA insists on it."""
+    def trained(memory_format):
+        model = nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+        optimizer = torch.optim.Adam(model.parameters())
+        model(torch.rand(1, 3, 8, 8)).sum().backward()
+        optimizer.step()
+        return model, optimizer
+    other = {torch.channels_last: torch.contiguous_format}.get(layout, torch.channels_last)
+    model, optimizer = trained(other)
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    saved = {**train.weights_checkpoint(model), 'optimizer_class': 'Adam', 'scaler': {},
+             'optimizer': optimizer.state_dict()}
+    averages = [state['exp_avg'].clone() for state in optimizer.state.values()]
+    model, optimizer = trained(layout)
+    train.restore(model, optimizer, scaler, saved, 'last.pt')
+    assert model.weight.is_contiguous(memory_format=layout)
+    for expected, (weights, state) in zip(averages, optimizer.state.items(), strict=True):
+        assert torch.equal(state['exp_avg'], expected) and state['step'] == 1
+        assert state['exp_avg'].stride() == state['exp_avg_sq'].stride() == weights.stride()
+
+
 # ---- The machine's accelerator ---------------------------------------------------------------
 
 ACCELERATOR = pytest.mark.skipif(not torch.accelerator.is_available(),

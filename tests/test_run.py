@@ -1,4 +1,5 @@
 """A run's folder: what it holds, how it survives being stopped and killed, what it is used for."""
+import builtins
 import csv
 import errno
 import json
@@ -285,6 +286,16 @@ def test_files_that_another_program_holds_open_do_not_end_the_run(
             raise PermissionError(errno.EACCES, 'in use')
         replace(source, target)
     monkeypatch.setattr(os, 'replace', held)
+    # And a file that has just been written, for an instant.
+    really_open, opened = open, []
+
+    def held_open(file, *arguments, **options):
+        if str(file).endswith('curves.png.tmp'):
+            opened.append(file)
+            if len(opened) % 3:
+                raise PermissionError(errno.EACCES, 'in use')
+        return really_open(file, *arguments, **options)
+    monkeypatch.setattr(builtins, 'open', held_open)
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)
     done = small.call('--data-dir', few, '--epochs', 2, '--batch-size', 4, '--out', 'run',
                       '--device', 'cpu')
@@ -292,6 +303,7 @@ def test_files_that_another_program_holds_open_do_not_end_the_run(
     assert 'history.csv is in use' in done.stderr and 'best.pt is in use' in done.stderr
     assert (tmp_path / 'run' / 'best.pt').exists()
     assert not (tmp_path / 'run' / 'history.csv').exists()
+    assert (tmp_path / 'run' / 'curves.png').exists() and len(opened) == 6
     assert not list((tmp_path / 'run').glob('*.tmp'))
 
 
@@ -406,6 +418,9 @@ def test_two_processes_of_which_one_dies_and_is_restarted_train_as_one_does(
 def test_a_process_that_dies_ends_the_run_of_two(small, torchrun, few, tmp_path):
     done = torchrun(small, '--out', 'run', '--epochs', 1000)
     assert done.returncode != 0 and '[rank' not in done.stderr
+    # The one that is left says what it has seen, and what helps with NCCL in Docker.
+    assert 'error: another process has ended or cannot be reached' in done.stderr
+    assert '--shm-size' in done.stderr
     last = checkpoint(tmp_path / 'run')
     # Each validation image has counted once, and the batch norm is that of process 0.
     model = small.train.make_model(CPU)

@@ -78,8 +78,8 @@ def readfile(path, failures=None):
 def read_food11(folder):
     """Returns train_x, train_y, val_x and val_y, as readfile reads them.
 
-    Raises UserError if the CLASSES cannot be used, or photographs: its message then lists all files
-    of both folders that cannot be used.
+    Raises UserError if CLASSES has names that cannot be told apart, or if files cannot be used as
+    photographs. In that case, the message lists those of both folders.
     """
     check_classes()
     failures = {}
@@ -270,7 +270,8 @@ class ImgDataset(Dataset):
     NO_EPOCH = -1
 
     def __init__(self, x, y=None, transform=None, seed=0):
-        # As a tensor, because PyTorch can share tensors with worker processes.
+        # As a tensor: where workers are not forked (Windows, macOS), PyTorch shares tensors with
+        # them, but would copy an array for each of them.
         # ascontiguousarray: PyTorch does not accept arrays such as x[::-1] as they are.
         self.x = torch.as_tensor(np.ascontiguousarray(x))
         self.y = None
@@ -373,8 +374,8 @@ def make_loaders(train_set, val_set, images_per_step, workers=0, pin_memory=Fals
 
     The images in the batches are those of as_bytes, for to_input.
     images_per_step: the book's batch_size, the number of images in a training step. If several
-    processes train together, they share these images. val_set must then be the part of the images
-    that this process evaluates, because a sampler would count some images twice.
+    processes train together, they share these images.
+    val_set: with several processes, only the part of the images that this process evaluates.
     workers: how many processes prepare the training batches; 0: the main process does it.
     pin_memory: whether to keep batches in memory from which a CUDA GPU can copy them faster.
     world_size, rank: how many processes train together, and the number of this one, counted from
@@ -467,10 +468,10 @@ def show_classes(axes, train_set, augmentations=4):
             name += '\n(none)'
         column_names.append(f'{label}\n{name}')
     row_names = ['as it is'] + ['augmented'] * augmentations
-    label_grid(axes, column_names, row_names, margin)
+    name_columns_and_rows(axes, column_names, row_names, margin)
 
 
-def label_grid(axes, column_names, row_names, margin):
+def name_columns_and_rows(axes, column_names, row_names, margin):
     """Writes names above the columns and beside the rows of a grid of images."""
     first_centre = margin + image_size / 2
     distance = margin + image_size
@@ -542,8 +543,8 @@ def main():
 
     folder = args.data_dir or data_dir
     if args.demo:
-        make_demo()
         folder = demo_dir
+        make_demo(folder)
     train_x, train_y, val_x, val_y = read_food11(folder)
     print(train_x.shape)
     print_counts(train_y, val_y)
@@ -571,11 +572,11 @@ def add_data_arguments(parser):
                        help=f'make a small food-11 of drawn dishes in {demo_dir}, and use it')
 
 
-def make_demo():
-    """Makes a small food-11 of drawn dishes in demo_dir."""
+def make_demo(folder):
+    """Makes a small food-11 of drawn dishes in a folder."""
     # The fake photographs are those of the tests. Imported here, because only --demo needs them.
     from tests.fake_food11 import draw_food11
-    draw_food11(demo_dir, class_count=len(CLASSES))
+    draw_food11(folder, class_count=len(CLASSES))
 
 
 def run_script(script_main):
@@ -599,8 +600,8 @@ def run_script(script_main):
 def interrupt(number, frame):
     """Turns Ctrl-C (SIGINT) and the system's request to end (SIGTERM) into a KeyboardInterrupt.
 
-    Further signals are then ignored, so that they do not interrupt the message about what is saved.
-    torchrun, for example, sends SIGTERM after a Ctrl-C.
+    Further signals are then ignored, so that they do not interrupt what the script still has to do
+    and to say. torchrun, for example, sends SIGTERM after a Ctrl-C.
     """
     signal.signal(signal.SIGINT, ignore)
     signal.signal(signal.SIGTERM, ignore)
@@ -615,7 +616,7 @@ def ignore(number, frame):
     """A signal handler that does nothing.
 
     It is used instead of signal.SIG_IGN, because a signal may have arrived already that Python has
-    not handled yet. With SIG_IGN, Python would have no function to call, and print an error.
+    not handled yet. With SIG_IGN, Python would have no function to call, and would print an error.
     """
 
 

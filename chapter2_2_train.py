@@ -172,6 +172,7 @@ def accuracy_and_loss(correct, loss_sum, image_count):
 
     If several processes train together, the sums of all processes are added up first.
     """
+    # One tensor for all three, so that one all_reduce can add them up over all processes.
     totals = torch.stack([correct, loss_sum, torch.full_like(correct, image_count)])
     if distributed.is_initialized():
         distributed.all_reduce(totals)
@@ -231,7 +232,7 @@ def main():
     # rank: the number of this process, counted from 0; world_size: how many train together.
     rank, world_size = join_processes(device)
     run = Run(args.out, rank)
-    # Also takes over the history of a run that is continued, and locks its folder.
+    # This locks the folder too, and takes over the history of a run that is continued.
     checkpoint = run.find_checkpoint(args.resume)
     run.settings = choose_settings(args, checkpoint, world_size)
     batch_size = run.settings['batch_size']
@@ -242,7 +243,7 @@ def main():
 
     # The data (section 2.2)
     if run.settings['demo']:
-        make_demo_once()
+        make_demo_once(run.settings['data_dir'])
     train_x, train_y, val_x, val_y = data.read_food11(run.settings['data_dir'])
     train_set = data.ImgDataset(train_x, train_y, data.train_transform, seed)
     # Each process evaluates its own part of the images. With one process, that is all of them.
@@ -274,7 +275,7 @@ def main():
         train(model, train_loader, val_loader, loss, optimizer, device, autocast, scaler, run)
         if rank == 0:
             report(run.folder, val_x, val_y, batch_size, device, autocast)
-    if world_size > 1:
+    if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
@@ -288,7 +289,7 @@ def main():
 # ---- Command line ----------------------------------------------------------------------------
 
 def parse_arguments():
-    """Reads the command line. Numbers that are not given are None: see choose_settings."""
+    """Reads the command line. Settings that are not given are None: see choose_settings."""
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     data.add_data_arguments(parser)
@@ -304,6 +305,7 @@ def parse_arguments():
                         f'(default: {learning_rate}; with --demo {demo["lr"]})')
     parser.add_argument('--seed', type=int, metavar='N',
                         help='the same seed gives the same numbers on the CPU (default: 0)')
+    # Not store_true, with which the setting would be False if it is not given, instead of None.
     parser.add_argument('--no-amp', action='store_const', const=True,
                         help='no automatic mixed precision: compute with 32 bits (default: with '
                         '16 bits where that is faster)')
@@ -361,7 +363,7 @@ def choose_settings(args, checkpoint, world_size):
         defaults.update(DEMO_SETTINGS)
         given['demo'] = True
     elif args.data_dir is not None:
-        # A run of the demo cannot continue with other photographs.
+        # So a run of the demo cannot continue with other photographs: see refuse_other_settings.
         given['demo'] = False
     saved = {}
     if checkpoint is not None:
@@ -383,9 +385,9 @@ def refuse_other_settings(folder, given, checkpoint):
     # data_dir may change, as the photographs may have been moved.
     for name in ('batch_size', 'lr', 'seed', 'no_amp', 'demo'):
         if name in given and given[name] != saved[name]:
-            raise UserError(f'the run in {folder} has {option_of(name)} {saved[name]} and cannot '
-                            f'continue with {given[name]}: leave the option out, or start a new '
-                            'run in a different folder')
+            raise UserError(f'the run in {folder} was started with {name} = {saved[name]} and '
+                            f'cannot continue with {name} = {given[name]}: resume it without '
+                            'options, or start a new run in a different folder')
     trained = len(checkpoint['history'])
     if 'epochs' in given and given['epochs'] < trained:
         raise UserError(f'the run in {folder} has trained {trained} epochs already, more than '
@@ -465,8 +467,8 @@ def fastest_dtype(device, no_amp):
         if generation == 7 and 'GTX 16' not in torch.cuda.get_device_name(device):
             return torch.float16
     if device.type == 'cpu':
-        # Only CPUs with these instructions are fast with bfloat16. PyTorch has no public name
-        # for the question.
+        # Only CPUs with these instructions are fast with bfloat16. PyTorch has no public functions
+        # for this.
         if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
             return torch.bfloat16
     return torch.float32
@@ -520,9 +522,10 @@ def choose_workers(wanted, device, batch_size, rank):
         # Workers send batches through shared memory, and Docker provides only 64 MB of that. For
         # each worker there must be room for four: two waiting, one being made, and one in use.
         # (Several processes share the memory, but each of them makes smaller batches.)
-        # How large a batch is, is measured with a blank image: that depends on the transform.
+        # The transform decides how many bytes an image has, so a blank image is transformed.
         blank = np.zeros((1, data.image_size, data.image_size, 3), dtype=np.uint8)
-        sample = data.as_bytes(data.ImgDataset(blank, transform=data.train_transform))[0]
+        blank_set = data.ImgDataset(blank, transform=data.train_transform)
+        sample = data.as_bytes(blank_set)[0]
         batch_bytes = np.asarray(sample).nbytes * batch_size
         possible = shutil.disk_usage('/dev/shm').free // (4 * batch_bytes)
         if possible < workers:
@@ -647,10 +650,10 @@ def progress(batches, title):
     return tqdm(batches, title, unit='batch', leave=False, disable=hidden)
 
 
-def make_demo_once():
+def make_demo_once(folder):
     """Makes the photographs of the demo: one process of each machine does, the others wait."""
     if int(os.environ.get('LOCAL_RANK', 0)) == 0:
-        data.make_demo()
+        data.make_demo(folder)
     if distributed.is_initialized():
         with explained_connection_errors():
             distributed.barrier()
@@ -701,7 +704,7 @@ class Run:
     def find_checkpoint(self, resume):
         """Returns, in every process, the checkpoint to continue from, or None for a new run.
 
-        If there is one, this also takes over its history, and locks the folder.
+        If the folder exists, this also locks it; and it takes over the history of the checkpoint.
         Raises UserError if there are files in the folder but `resume` is false, if another
         process uses the folder, or if a checkpoint in it cannot be used.
         """
@@ -882,7 +885,7 @@ def explained_errors(run, device):
                 raise UserError(lost_process_message(error)) from None
         raise
     except OSError as error:
-        if error.filename is None:
+        if error.errno is not None and error.filename is None:
             # For example "Broken pipe", if stdout has been closed.
             raise UserError(f'{error.strerror}; {run.how_to_continue()}') from None
         # run_script shows an OSError without its traceback. But `write` has explained the errors of
@@ -892,7 +895,8 @@ def explained_errors(run, device):
 
 
 def silence_threads():
-    """Lets threads end without a traceback: PyTorch's pin_memory thread loses its workers now."""
+    """Lets threads end without a traceback. PyTorch's pin_memory thread would print one, because
+    the workers that it waits for have ended."""
     threading.excepthook = lambda args: None
 
 

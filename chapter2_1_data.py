@@ -66,7 +66,8 @@ def readfile(path, failures=None):
         x[i] = read_image(image_files[i])
         y[i] = label_of(image_files[i], path)
 
-    # The book's loop, for i in range(len(image_files)): read(i), but on all CPU cores.
+    # The book's loop, for i in range(len(image_files)): read(i), but on all CPU cores. The names of
+    # the files are only for error messages.
     new_failures = on_all_cores(read, image_files)
     if failures is not None:
         failures.update(new_failures)
@@ -372,11 +373,12 @@ def make_loaders(train_set, val_set, images_per_step, workers=0, pin_memory=Fals
                  world_size=1, rank=0, seed=0):
     """The book's train_loader, which shuffles, and its val_loader, which does not.
 
-    The images in the batches are those of as_bytes, for to_input.
+    The batches hold images as bytes (see as_bytes); to_input makes them the network's input.
     images_per_step: the book's batch_size, the number of images in a training step. If several
     processes train together, they share these images.
-    val_set: with several processes, only the part of the images that this process evaluates.
-    workers: how many processes prepare the training batches; 0: the main process does it.
+    val_set: with several processes, only the part of the images that this process evaluates. (The
+    sampler that divides train_set may repeat images, which would count twice in the accuracy.)
+    workers: how many processes prepare the training batches; 0: the training process does it.
     pin_memory: whether to keep batches in memory from which a CUDA GPU can copy them faster.
     world_size, rank: how many processes train together, and the number of this one, counted from
     0 (see chapter2_2_train.py). seed: for the shuffling.
@@ -391,7 +393,7 @@ def make_loaders(train_set, val_set, images_per_step, workers=0, pin_memory=Fals
     # How workers are started; None stands for the system's default.
     start_method = None
     if workers > 0 and sys.platform == 'linux':
-        # Forked workers can read the images in the memory of the main process. Otherwise the
+        # Forked workers can read the images in the memory of the training process. Otherwise the
         # images would have to be in shared memory, and in Docker that is small.
         start_method = 'fork'
     # as_bytes: train_set without its step ToTensor, which to_input does on the GPU.
@@ -615,8 +617,8 @@ def interrupt(number, frame):
 def ignore(number, frame):
     """A signal handler that does nothing.
 
-    It is used instead of signal.SIG_IGN, because a signal may have arrived already that Python has
-    not handled yet. With SIG_IGN, Python would have no function to call, and would print an error.
+    If a second Ctrl-C arrives just before `interrupt` sets this handler, Python still has to call
+    some function for it. With signal.SIG_IGN there would be none, and Python would print an error.
     """
 
 

@@ -202,13 +202,13 @@ def train(model, train_loader, val_loader, loss, optimizer, device, autocast, sc
 
         train_acc, train_loss = train_epoch(parallel_model, train_loader, loss, optimizer,
                                             device, autocast, scaler, title)
-        # With several processes on the CPU, the batch norm statistics differ: all take those of the
-        # main process. With one process, this does nothing.
+        # With several processes on the CPU, the batch norm statistics differ: all take those of
+        # process 0. With one process, this does nothing.
         share_batch_norm(model)
         val_acc, val_loss = evaluate(model, val_loader, device, autocast, f'{title} validation')
 
         seconds = time.perf_counter() - start_time
-        # With several processes, only the main process (rank 0) prints.
+        # With several processes, only process 0 prints.
         if run.rank == 0:
             print(f'{title} {seconds:.2f} sec(s) Train Acc: {train_acc:.6f} '
                   f'Loss: {train_loss:.6f} | Val Acc: {val_acc:.6f} loss: {val_loss:.6f}',
@@ -234,6 +234,8 @@ def main():
     run = Run(args.out, rank)
     # This locks the folder too, and takes over the history of a run that is continued.
     checkpoint = run.find_checkpoint(args.resume)
+    # num_epoch, batch_size, learning_rate and so on, unless the command line or the checkpoint has
+    # different ones.
     run.settings = choose_settings(args, checkpoint, world_size)
     batch_size = run.settings['batch_size']
     seed = run.settings['seed']
@@ -305,12 +307,12 @@ def parse_arguments():
                         f'(default: {learning_rate}; with --demo {demo["lr"]})')
     parser.add_argument('--seed', type=int, metavar='N',
                         help='the same seed gives the same numbers on the CPU (default: 0)')
-    # Not store_true, with which the setting would be False if it is not given, instead of None.
+    # store_true would give False if the option is missing; choose_settings needs None then.
     parser.add_argument('--no-amp', action='store_const', const=True,
                         help='no automatic mixed precision: compute with 32 bits (default: with '
                         '16 bits where that is faster)')
     parser.add_argument('--workers', type=int, metavar='N',
-                        help='processes that prepare training batches; 0: the main process '
+                        help='processes that prepare training batches; 0: the training process '
                         'does it (default: for a GPU the number of CPU cores minus 1, at most '
                         '16; on the CPU 0)')
     parser.add_argument('--device', metavar='NAME',
@@ -496,8 +498,8 @@ def available_cores():
         cores = os.process_cpu_count()  # since Python 3.13
     elif hasattr(os, 'sched_getaffinity'):
         cores = len(os.sched_getaffinity(0))
-    # A container may get less time than its cores have. The file then holds, in microseconds, how
-    # much time it gets in each period, such as "400000 100000" for 4 cores; else "max 100000".
+    # A container may be limited to fewer cores. cpu.max then holds how many microseconds of their
+    # time it gets in each period: "400000 100000" means 4 cores, "max 100000" no limit.
     container_limit = Path('/sys/fs/cgroup/cpu.max')
     if container_limit.exists():
         quota, period = container_limit.read_text().split()
@@ -888,9 +890,8 @@ def explained_errors(run, device):
         if error.errno is not None and error.filename is None:
             # For example "Broken pipe", if stdout has been closed.
             raise UserError(f'{error.strerror}; {run.how_to_continue()}') from None
-        # run_script shows an OSError without its traceback. But `write` has explained the errors of
-        # the run's own files, so this one comes from code that somebody has added to the script.
-        # As the cause of a RuntimeError, it keeps its traceback.
+        # Any other OSError is a bug in code added to the script, as `write` has explained those of
+        # the run's files. run_script would hide its traceback; a RuntimeError keeps it.
         raise RuntimeError('the training has failed') from error
 
 

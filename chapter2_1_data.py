@@ -595,30 +595,34 @@ def run_script(script_main):
         # OSError: a file or folder cannot be read or written. Its text says which one.
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
+        ignore_signals()
         print('interrupted', file=sys.stderr)
         sys.exit(130)  # the usual status after Ctrl-C
 
 
 def interrupt(number, frame):
-    """Turns Ctrl-C (SIGINT) and the system's request to end (SIGTERM) into a KeyboardInterrupt.
-
-    Further signals are then ignored, so that they do not interrupt what the script still has to do
-    and to say. torchrun, for example, sends SIGTERM after a Ctrl-C.
-    """
-    signal.signal(signal.SIGINT, ignore)
-    signal.signal(signal.SIGTERM, ignore)
+    """Turns Ctrl-C (SIGINT) and the system's request to end (SIGTERM) into a KeyboardInterrupt."""
     if hasattr(signal, 'SIGCHLD'):
         # A terminal sends Ctrl-C to worker processes as well. PyTorch would raise an error for each
         # worker that ends (SIGCHLD), in the middle of what follows.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, ignore)
     raise KeyboardInterrupt
+
+
+def ignore_signals():
+    """Ignores further signals, so that they do not interrupt what the script still has to say.
+
+    torchrun, for example, sends SIGTERM after a Ctrl-C.
+    """
+    signal.signal(signal.SIGINT, ignore)
+    signal.signal(signal.SIGTERM, ignore)
 
 
 def ignore(number, frame):
     """A signal handler that does nothing.
 
-    If a second Ctrl-C arrives just before `interrupt` sets this handler, Python still has to call
-    some function for it. With signal.SIG_IGN there would be none, and Python would print an error.
+    If a signal arrives just before this handler is set, Python still has to call some function for
+    it. With signal.SIG_IGN there would be none, and Python would print an error.
     """
 
 

@@ -864,6 +864,7 @@ def explained_errors(run, device):
     try:
         yield
     except KeyboardInterrupt:
+        data.ignore_signals()
         silence_threads()
         if run.rank == 0:
             print(f'interrupted: {run.how_to_continue()}', file=sys.stderr)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -399,6 +400,22 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(edited, few):
     done = start('--data-dir', few, '--device', 'cpu', '--workers', 1)
     assert done.returncode == 1 and done.stderr.count('\n') == 3, done.stderr
     assert 'a worker process has died' in done.stderr.splitlines()[-1]
+
+
+@POSIX
+def test_ctrl_c_that_python_swallows_can_be_pressed_again():
+    """Python drops exceptions that are raised in a callback or __del__."""
+    numbers = (signal.SIGINT, signal.SIGCHLD)
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        signal.signal(signal.SIGINT, data.interrupt)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(5)
+    finally:
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
 
 
 def test_an_engineers_mistake_keeps_its_traceback(edited, few):

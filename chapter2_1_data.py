@@ -9,10 +9,12 @@ chapter2_2_train.py imports its data from here.
 """
 import argparse
 import copy
+import math
 import os
 import re
 import signal
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -600,8 +602,17 @@ def run_script(script_main):
         sys.exit(130)  # the usual status after Ctrl-C
 
 
+# When the last signal was handled, in seconds.
+interrupted_time = -math.inf
+
+
 def interrupt(number, frame):
     """Turns Ctrl-C (SIGINT) and the system's request to end (SIGTERM) into a KeyboardInterrupt."""
+    global interrupted_time
+    # torchrun sends SIGTERM right after a Ctrl-C: within a second, that is the same request.
+    if time.monotonic() - interrupted_time < 1:
+        return
+    interrupted_time = time.monotonic()
     if hasattr(signal, 'SIGCHLD'):
         # A terminal sends Ctrl-C to worker processes as well. PyTorch would raise an error for each
         # worker that ends (SIGCHLD), in the middle of what follows.
@@ -610,10 +621,7 @@ def interrupt(number, frame):
 
 
 def ignore_signals():
-    """Ignores further signals, so that they do not interrupt what the script still has to say.
-
-    torchrun, for example, sends SIGTERM after a Ctrl-C.
-    """
+    """Ignores further signals, so that they do not interrupt what the script still has to say."""
     signal.signal(signal.SIGINT, ignore)
     signal.signal(signal.SIGTERM, ignore)
 

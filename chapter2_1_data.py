@@ -126,7 +126,8 @@ def label_of(file, folder):
         raise UnusableFile('no label in its name, which should be like 3_17.jpg (label_number)')
     label = int(number)
     if label >= len(CLASSES):
-        raise UnusableFile(f'label {label} is not in 0..{len(CLASSES) - 1}')
+        raise UnusableFile(f'label {label} is not in 0..{len(CLASSES) - 1}, the positions in '
+                           'CLASSES in chapter2_1_data.py')
     return label
 
 
@@ -139,7 +140,7 @@ def label_of_class_folder(name):
         if simplified(class_name) == simplified(name):
             return label
     raise UnusableFile(f'its folder {name!r} is not named like any of the CLASSES in '
-                       'chapter2_1_data.py')
+                       'chapter2_1_data.py: rename the folder, or edit CLASSES')
 
 
 def simplified(name):
@@ -178,8 +179,7 @@ def list_images(path):
     for folder in folders:
         image_files += [file for file in folder.iterdir() if is_image(file)]
     if not image_files:
-        raise UserError(f'no photographs in {path}; food-11/README.md says where to get those '
-                        'of food-11')
+        raise UserError(no_photographs_message(path))
     # Sorted as strings, as in the book. Windows would sort paths without regard to case.
     return sorted(image_files, key=str)
 
@@ -255,6 +255,14 @@ def missing_folder_message(path):
     return (f'no folder {path.absolute()}: food-11/README.md says where to get the photographs; '
             f'the first would be {path.parent / "training" / "0_0.jpg"}. '
             '--data-dir names another place, --demo needs no photographs')
+
+
+def no_photographs_message(path):
+    """What to tell the user if the folder `path` holds no photograph."""
+    if (path / 'labeled').is_dir() or (path / 'unlabeled').is_dir():
+        return (f'{path} has folders labeled or unlabeled: these are photographs of the course of '
+                '2021, a different data set; food-11/README.md says where to get food-11')
+    return f'no photographs in {path}; food-11/README.md says where to get those of food-11'
 
 
 # ---- Dataset and batches (section 2.2) -------------------------------------------------------
@@ -417,14 +425,42 @@ def set_epoch(train_loader, epoch):
 
 # ---- Looking at the data (section 2.2) -------------------------------------------------------
 
-def print_counts(train_y, val_y):
-    """Prints how many images of each class there are."""
+# How many training and validation photographs the complete food-11 has.
+FOOD11_COUNTS = {'Bread': (994, 362), 'Dairy product': (429, 144), 'Dessert': (1500, 500),
+                 'Egg': (986, 327), 'Fried food': (848, 326), 'Meat': (1325, 449),
+                 'Noodles/Pasta': (440, 147), 'Rice': (280, 96), 'Seafood': (855, 347),
+                 'Soup': (1500, 500), 'Vegetable/Fruit': (709, 232)}
+
+
+def print_counts(train_y, val_y, compare=True):
+    """Prints how many images of each class there are.
+
+    If these should be the photographs of food-11, but are not as many as the complete food-11 has,
+    prints the numbers of that as well. compare=False: does not.
+    """
     train_counts = np.bincount(train_y, minlength=len(CLASSES))
     val_counts = np.bincount(val_y, minlength=len(CLASSES))
-    print(f'{"class":<18} {"training":>8} {"validation":>10}')
+    columns = {'training': train_counts, 'validation': val_counts}
+    if compare and CLASSES == list(FOOD11_COUNTS):
+        complete_train, complete_val = np.array(list(FOOD11_COUNTS.values())).T
+        if any(train_counts != complete_train) or any(val_counts != complete_val):
+            columns['food-11 training'] = complete_train
+            columns['food-11 validation'] = complete_val
+
+    print_row('class', columns, columns)
     for label, name in enumerate(CLASSES):
-        print(f'{label:>2} {name:<15} {train_counts[label]:>8} {val_counts[label]:>10}')
-    print(f'{"total":<18} {len(train_y):>8} {len(val_y):>10}')
+        print_row(f'{label:>2} {name}', [counts[label] for counts in columns.values()], columns)
+    print_row('total', [counts.sum() for counts in columns.values()], columns)
+    if len(columns) > 2:
+        print('The columns on the right are those of the complete food-11 (food-11/README.md).')
+
+
+def print_row(name, cells, titles):
+    """Prints a row of a table. Each cell is as wide as the title of its column."""
+    row = f'{name:<18}'
+    for cell, title in zip(cells, titles):
+        row += f' {cell:>{len(title)}}'
+    print(row)
 
 
 def show_sample(axes, train_set, index):
@@ -537,7 +573,9 @@ def show_preview(train_set, index, file=None):
 # ---- The script ------------------------------------------------------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(description='Counts the photographs of food-11, shows some.')
+    # The text at the top of this file opens the help. RawDescription keeps its lines as they are.
+    parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
     parser.add_argument('--index', type=int, metavar='N',
                         help='which training image to show (default: 100)')
@@ -551,7 +589,7 @@ def main():
         make_demo(folder)
     train_x, train_y, val_x, val_y = read_food11(folder)
     print(train_x.shape)
-    print_counts(train_y, val_y)
+    print_counts(train_y, val_y, compare=not args.demo)
 
     train_set = ImgDataset(train_x, train_y, train_transform)
     val_set = ImgDataset(val_x, val_y, test_transform)

@@ -118,7 +118,7 @@ def train_epoch(model, train_loader, loss, optimizer, device, autocast, scaler, 
 
     autocast and scaler are for computing with 16 bits; with 32 bits they do nothing.
     Returns the accuracy and the mean loss per image. (The book adds up the mean losses of the
-    batches, and divides by the number of images: its losses are about 1/128 of these.)
+    batches, and divides by the number of images: its losses are about 1/127 of these.)
     """
     model.train()
     # These sums stay on the GPU. Reading a number from there makes Python wait until the GPU has
@@ -323,7 +323,8 @@ def parse_arguments():
                         help='continue the run in --out, or start it if there is none yet')
     parser.add_argument('--predict', nargs='+', metavar='PATH',
                         help='predict the classes of photographs with the run in --out; for a '
-                        'folder, write them into predict.csv')
+                        'folder, write them into predict.csv, and print the accuracy if the '
+                        'photographs are named like those for training')
     parser.add_argument('--dreams', action='store_true',
                         help='draw what the classes look like to the network of the run in --out')
     parser.add_argument('--checkpoint', default='best.pt', metavar='NAME',
@@ -433,7 +434,7 @@ def unusable_device_message(name, error):
         major, minor = torch.cuda.get_device_capability(name)
         message += (f'. It is built without support for the {torch.cuda.get_device_name(name)} '
                     f'(compute capability {major}.{minor}): install a PyTorch for an older CUDA, '
-                    'see "GPU" in README.md')
+                    'see "Troubleshooting" in README.md')
     elif 'invalid device ordinal' in str(error):
         message += (f'. There are {gpu_count} CUDA GPUs here, numbered from 0; torchrun can use '
                     f'--nproc-per-node {gpu_count}')
@@ -450,7 +451,7 @@ def print_hardware(device, wanted, settings, workers, world_size):
             print(f'{gpu_count} GPUs are here, one is used: torchrun --nproc-per-node {gpu_count} '
                   'chapter2_2_train.py uses all of them', file=sys.stderr)
     if device.type == 'cpu' and wanted is None and not torch.accelerator.is_available():
-        print('PyTorch finds no GPU: see "GPU" in README.md', file=sys.stderr)
+        print('PyTorch finds no GPU: see "Troubleshooting" in README.md', file=sys.stderr)
     dtype = str(fastest_dtype(device, settings['no_amp'])).removeprefix('torch.')
     print(f'device {name}, precision {dtype}, loader workers {workers}, processes {world_size}',
           file=sys.stderr)
@@ -674,8 +675,7 @@ def lost_process_message(error):
     """What to tell the user if the connection to another process is lost."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return (f'another process has ended or cannot be reached, so this one ends as well '
-            f'({lines[-1]}); continue with --out and --resume. In Docker, NCCL needs more shared '
-            'memory: docker run --shm-size 2g')
+            f'({lines[-1]}). In Docker, NCCL needs more shared memory: docker run --shm-size 2g')
 
 
 # ---- The run's folder ------------------------------------------------------------------------
@@ -830,6 +830,8 @@ class Run:
 
     def how_to_continue(self):
         """Says what the folder holds, and which command continues the run."""
+        if self.rank > 0:
+            return self.describe_saved()
         if self.saved_epochs() == 0:
             command = 'start again with the same options, and with --resume if you give this --out'
         else:
@@ -885,7 +887,8 @@ def explained_errors(run, device):
                             ) from None
         if distributed.is_initialized():
             if isinstance(error, distributed.DistError) or 'gloo/transport' in text:
-                raise UserError(lost_process_message(error)) from None
+                raise UserError(f'{lost_process_message(error)}; {run.how_to_continue()}'
+                                ) from None
         raise
     except OSError as error:
         if error.errno is not None and error.filename is None:
@@ -1176,10 +1179,8 @@ def report(folder, val_x, val_y, batch_size, device, autocast):
     """
     model = load_model(folder / 'best.pt', device)
     probabilities = predict_probabilities(model, val_x, batch_size, device, autocast)
-    counts = np.zeros((len(data.CLASSES), len(data.CLASSES)), dtype=int)
-    for true, predicted in zip(val_y, probabilities.argmax(1)):
-        counts[true, predicted] += 1
-    print_accuracies(counts)
+    counts = count_predictions(val_y, probabilities.argmax(1))
+    print_accuracies(counts, 'with the best weights')
     write_figure(folder / 'confusion.png', draw_confusion(counts))
     write_figure(folder / 'mistakes.png', draw_mistakes(val_x, val_y, probabilities))
 
@@ -1198,9 +1199,17 @@ def predict_probabilities(model, x, batch_size, device, autocast):
     return torch.cat(probabilities).numpy()
 
 
-def print_accuracies(counts):
-    """Prints a table from counts (11, 11) as draw_confusion takes them."""
-    print(f'{"with the best weights":<22} {"images":>6} {"right":>6} {"accuracy":>8}')
+def count_predictions(labels, predicted):
+    """counts (11, 11), as draw_confusion and print_accuracies take them."""
+    counts = np.zeros((len(data.CLASSES), len(data.CLASSES)), dtype=int)
+    for label, predicted_label in zip(labels, predicted):
+        counts[label, predicted_label] += 1
+    return counts
+
+
+def print_accuracies(counts, heading):
+    """Prints the accuracy of each class, with a heading of at most 22 characters."""
+    print(f'{heading:<22} {"images":>6} {"right":>6} {"accuracy":>8}')
     for label, name in enumerate(data.CLASSES):
         total = counts[label].sum()
         right = counts[label, label]
@@ -1234,7 +1243,8 @@ def predict_or_dream(args):
 
 def predict(paths, model, run_folder, batch_size, device, autocast):
     """Predicts the classes of photographs. A folder stands for all photographs in it: their
-    predictions are written into predict.csv.
+    predictions are written into predict.csv. If they are named like those for training, also
+    prints the accuracy.
 
     Returns whether all photographs could be read. stderr says which of them could not.
     """
@@ -1252,6 +1262,10 @@ def predict(paths, model, run_folder, batch_size, device, autocast):
             write_predictions(run_folder / 'predict.csv', path, readable, probabilities)
             print(f'{path}: {len(readable)} of {len(image_files)} photographs predicted, '
                   f'in {run_folder / "predict.csv"}')
+            labels = known_labels(path, readable)
+            if labels:
+                counts = count_predictions(labels, probabilities.argmax(1))
+                print_accuracies(counts, 'class')
         elif readable:
             print(f'{path}: {three_likeliest(probabilities[0])}')
     return all_readable
@@ -1275,6 +1289,25 @@ def read_readable(image_files):
     for row, i in enumerate(numbers):
         x[row] = images[i]
     return x, [image_files[i] for i in numbers]
+
+
+def known_labels(folder, image_files):
+    """The labels of photographs in `folder`, which are named like those for training.
+
+    Returns an empty list if they are not. If only some of them are, stderr says so.
+    """
+    labels = []
+    unlabelled = []
+    for file in image_files:
+        try:
+            labels.append(data.label_of(file, folder))
+        except data.UnusableFile as error:
+            unlabelled.append(f'{file}: {error}')
+    if labels and unlabelled:
+        print(f'no accuracy, because {len(unlabelled)} of {len(image_files)} photographs have no '
+              f'label; the first is {unlabelled[0]}', file=sys.stderr)
+        return []
+    return labels
 
 
 def three_likeliest(probabilities):

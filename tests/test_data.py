@@ -160,7 +160,7 @@ def test_a_bad_file_is_named_with_the_reason(tmp_path, name, content, reason):
         if content != 'whole':
             file.write_bytes(file.read_bytes()[:-40])
     message = problem(tmp_path)
-    assert str(file) in message and reason in message
+    assert str(file) in message and reason in message and 'repair or delete' in message
     assert '\n' not in message and '5_0.jpg' not in message
 
 
@@ -181,6 +181,9 @@ def test_all_bad_files_of_both_folders_come_in_one_message(food11, tmp_path):
 def test_an_empty_and_a_missing_folder(tmp_path):
     (tmp_path / '.DS_Store').touch()
     assert f'no photographs in {tmp_path}' in problem(tmp_path)
+    # The course of 2021 had other photographs, in folders of folders.
+    write(tmp_path / '2021' / 'labeled' / '00' / '0.jpg')
+    assert '2021' in problem(tmp_path / '2021') and 'README.md' in problem(tmp_path / '2021')
     missing = tmp_path / 'food-11' / 'training'
     assert str(missing) in problem(missing) and 'food-11/README.md' in problem(missing)
     # Unpacked one folder too deep.
@@ -355,10 +358,26 @@ def test_data_script_on_the_demo(scripts, tmp_path):
     assert lines[0] == '(330, 128, 128, 3)'
     assert lines[5].split() == ['3', 'Egg', '30', '10']
     assert lines[13].split() == ['total', '330', '110']
+    assert not [line for line in lines if 'food-11' in line and str(tmp_path) not in line]
     assert str(tmp_path / 'chapter2_1_data.png') in lines[-1]
     width, height = Image.open(tmp_path / 'chapter2_1_data.png').size
     assert 1000 < width < 1366 and 400 < height < 768  # readable, and fits a small screen
     assert not os.listdir(tmp_path / 'food-11')
+
+
+def test_the_counts_stand_beside_those_of_food_11_if_they_differ(scripts, food11, capsys):
+    done = scripts.call('--data-dir', food11, main=scripts.data.main)
+    lines = done.stdout.splitlines()
+    assert lines[1].endswith('food-11 training food-11 validation')
+    assert lines[8].split() == ['6', 'Noodles/Pasta', '4', '2', '440', '147']
+    assert lines[13].split() == ['total', '44', '22', '9866', '3430']
+    # The complete food-11, and another data set.
+    train_y = np.repeat(np.arange(11), [994, 429, 1500, 986, 848, 1325, 440, 280, 855, 1500, 709])
+    val_y = np.repeat(np.arange(11), [362, 144, 500, 327, 326, 449, 147, 96, 347, 500, 232])
+    scripts.data.print_counts(train_y, val_y)
+    assert 'food-11' not in capsys.readouterr().out
+    scripts.data.print_counts(train_y[1:], val_y)
+    assert 'food-11 training' in capsys.readouterr().out
 
 
 def test_with_a_display_the_preview_opens_in_a_window(scripts, food11, tmp_path, monkeypatch):
@@ -382,6 +401,12 @@ def test_data_scripts_mistakes_end_in_one_line(scripts, food11, tmp_path):
         assert word in done.stderr and done.stderr.count('\n') == 1
     done = scripts.call('--data-dir', food11, '--save', '预览.jpg', main=scripts.data.main)
     assert done.returncode == 0 and (tmp_path / '预览.jpg').stat().st_size > 10_000
+
+
+def test_help_opens_with_the_examples(scripts):
+    done = scripts.call('--help', main=scripts.data.main)
+    assert done.returncode == 0
+    assert done.stdout.index('python chapter2_1_data.py --index 7') < done.stdout.index('--save')
 
 
 def test_fake_photographs_are_all_different_and_always_the_same(arrays):

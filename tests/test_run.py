@@ -421,6 +421,8 @@ def test_a_process_that_dies_ends_the_run_of_two(small, torchrun, few, tmp_path)
     # The one that is left says what it has seen, and what helps with NCCL in Docker.
     assert 'error: another process has ended or cannot be reached' in done.stderr
     assert '--shm-size' in done.stderr
+    # Process 0 says how to continue, if it is not the one that died.
+    assert '--out "run" --resume' in done.stderr or 'process 0 for what is saved' in done.stderr
     last = checkpoint(tmp_path / 'run')
     # Each validation image has counted once, and the batch norm is that of process 0.
     model = small.train.make_model(CPU)
@@ -488,6 +490,40 @@ def test_predict_names_three_classes_and_writes_kaggles_table(
     labels = [str(label) for label in probabilities.argmax(1).tolist()]
     assert table == [['Id', 'Category'], ['0', labels[0]], ['2', labels[1]],
                      ['my, dinner.jpg', labels[2]]]
+
+
+@pytest.mark.parametrize('layout', ['label_number', 'class folders'])
+def test_predict_on_labelled_photographs_prints_the_accuracy(
+        small, copy_of_finished, few, tmp_path, layout):
+    folder = tmp_path / 'evaluation'
+    folder.mkdir()
+    files = [(label, f'{label}_{i}.jpg') for label, i in [(0, 0), (0, 1), (6, 0), (10, 0)]]
+    for label, name in files:
+        target = folder
+        if layout == 'class folders':
+            target = folder / data.CLASSES[label].replace('/', '-')
+            target.mkdir(exist_ok=True)
+        shutil.copy(few / 'validation' / f'{label}_0.jpg', target / name)
+    done = small.call('--out', 'run', '--device', 'cpu', '--predict', folder)
+    assert done.returncode == 0 and done.stderr == ''
+    lines = done.stdout.splitlines()
+    assert '4 of 4 photographs' in lines[0] and len(lines) == 14
+    predicted = {}
+    with open(copy_of_finished / 'predict.csv', newline='') as table:
+        for row in csv.DictReader(table):
+            predicted[row['Id'].split('/')[-1]] = int(row['Category'])
+    for label, images in ((0, 2), (6, 1), (10, 1)):
+        right = sum(predicted[name] == label for true, name in files if true == label)
+        assert lines[2 + label].split()[-3:] == [str(images), str(right), f'{right / images:.1%}']
+    right = sum(predicted[name] == label for label, name in files)
+    assert lines[3].split()[-3:] == ['0', '0', '-']  # no photograph of this class
+    assert lines[-1].split() == ['total', '4', str(right), f'{right / 4:.1%}']
+
+    # One photograph without a label: no accuracy, and the reason.
+    shutil.copy(few / 'validation' / '0_0.jpg', folder / '0000.jpg')
+    done = small.call('--out', 'run', '--device', 'cpu', '--predict', folder)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1
+    assert '1 of 5' in done.stderr and '0000.jpg' in done.stderr
 
 
 def test_photographs_whose_numbers_are_not_unique_keep_their_names(

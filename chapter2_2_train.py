@@ -1068,7 +1068,11 @@ def restore(model, optimizer, scaler, checkpoint, path):
 
 
 def load_model(path, device):
-    """The network with the weights of a checkpoint, on the device."""
+    """The network with the weights of a checkpoint, on the device. path: a Path or a string.
+
+    Raises UserError if the file is missing or corrupt, or does not fit the script.
+    """
+    path = Path(path)
     model = make_model(device)
     load_weights(model, load_checkpoint(path), path)
     return model

@@ -438,20 +438,20 @@ def print_counts(train_y, val_y, compare=True):
     If these should be the photographs of food-11, but are not as many as the complete food-11 has,
     prints the numbers of that as well. compare=False: does not.
     """
-    train_counts = np.bincount(train_y, minlength=len(CLASSES))
-    val_counts = np.bincount(val_y, minlength=len(CLASSES))
-    columns = {'training': train_counts, 'validation': val_counts}
+    titles = ['training', 'validation']
+    counts = np.stack([np.bincount(train_y, minlength=len(CLASSES)),
+                       np.bincount(val_y, minlength=len(CLASSES))], axis=1)  # [11, 2]
     if compare and CLASSES == list(FOOD11_COUNTS):
-        complete_train, complete_val = np.array(list(FOOD11_COUNTS.values())).T
-        if any(train_counts != complete_train) or any(val_counts != complete_val):
-            columns['food-11 training'] = complete_train
-            columns['food-11 validation'] = complete_val
+        complete = np.array(list(FOOD11_COUNTS.values()))                    # [11, 2]
+        if not np.array_equal(counts, complete):
+            titles += ['food-11 training', 'food-11 validation']
+            counts = np.hstack([counts, complete])                           # [11, 4]
 
-    print_row('class', columns, columns)
+    print_row('class', titles, titles)
     for label, name in enumerate(CLASSES):
-        print_row(f'{label:>2} {name}', [counts[label] for counts in columns.values()], columns)
-    print_row('total', [counts.sum() for counts in columns.values()], columns)
-    if len(columns) > 2:
+        print_row(f'{label:>2} {name}', counts[label], titles)
+    print_row('total', counts.sum(0), titles)
+    if len(titles) > 2:
         print('The columns on the right are those of the complete food-11 (food-11/README.md).')
 
 

@@ -1266,10 +1266,7 @@ def predict(paths, model, run_folder, batch_size, device, autocast):
             write_predictions(run_folder / 'predict.csv', path, readable, probabilities)
             print(f'{path}: {len(readable)} of {len(image_files)} photographs predicted, '
                   f'in {run_folder / "predict.csv"}')
-            labels = known_labels(path, readable)
-            if labels:
-                counts = count_predictions(labels, probabilities.argmax(1))
-                print_accuracies(counts, 'class')
+            print_test_accuracies(path, readable, probabilities)
         elif readable:
             print(f'{path}: {three_likeliest(probabilities[0])}')
     return all_readable
@@ -1295,10 +1292,10 @@ def read_readable(image_files):
     return x, [image_files[i] for i in numbers]
 
 
-def known_labels(folder, image_files):
-    """The labels of photographs in `folder`, which are named like those for training.
+def print_test_accuracies(folder, image_files, probabilities):
+    """Prints the accuracy of each class, if the photographs are named like those for training.
 
-    Returns an empty list if they are not. If only some of them are, stderr says so.
+    If only some of them are, stderr says so.
     """
     labels = []
     unlabelled = []
@@ -1310,8 +1307,8 @@ def known_labels(folder, image_files):
     if labels and unlabelled:
         print(f'no accuracy, because {len(unlabelled)} of {len(image_files)} photographs have no '
               f'label; the first is {unlabelled[0]}', file=sys.stderr)
-        return []
-    return labels
+    elif labels:
+        print_accuracies(count_predictions(labels, probabilities.argmax(1)), 'class')
 
 
 def three_likeliest(probabilities):

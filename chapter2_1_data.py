@@ -121,10 +121,10 @@ def label_of(file, folder):
     if file.parent != Path(folder):
         return label_of_class_folder(file.parent.name)
     # The book's code expects 3_17.jpg, its text says 3-17.jpg.
-    number = re.split('[_-]', file.name)[0]
-    if not number.isdecimal():
+    number = re.match('([0-9]+)[_-]', file.name)
+    if number is None:
         raise UnusableFile('no label in its name, which should be like 3_17.jpg (label_number)')
-    label = int(number)
+    label = int(number[1])
     if label >= len(CLASSES):
         raise UnusableFile(f'label {label} is not in 0..{len(CLASSES) - 1}, the positions in '
                            'CLASSES in chapter2_1_data.py')
@@ -139,8 +139,10 @@ def label_of_class_folder(name):
     for label, class_name in enumerate(CLASSES):
         if simplified(class_name) == simplified(name):
             return label
-    raise UnusableFile(f'its folder {name!r} is not named like any of the CLASSES in '
-                       'chapter2_1_data.py: rename the folder, or edit CLASSES')
+    reason = f'its folder {name!r} is not named like any of the CLASSES in chapter2_1_data.py'
+    if name.isdecimal():
+        reason += ' (the course of 2021 numbered its folders, but had different photographs)'
+    raise UnusableFile(reason)
 
 
 def simplified(name):
@@ -175,11 +177,16 @@ def list_images(path):
     for entry in path.iterdir():
         if entry.is_dir() and not entry.name.startswith('.'):
             folders.append(entry)
+        if entry.name.lower() in ('labeled', 'unlabeled'):
+            raise UserError(f'{path} has a folder {entry.name}: this is the data set of the course '
+                            'of 2021, a different one; food-11/README.md says where to get '
+                            'food-11')
     image_files = []
     for folder in folders:
         image_files += [file for file in folder.iterdir() if is_image(file)]
     if not image_files:
-        raise UserError(no_photographs_message(path))
+        raise UserError(f'no photographs in {path}, nor in the folders in it; food-11/README.md '
+                        'says how to arrange those of food-11')
     # Sorted as strings, as in the book. Windows would sort paths without regard to case.
     return sorted(image_files, key=str)
 
@@ -233,8 +240,8 @@ def bad_files_message(failures):
     """What to tell the user about files that cannot be used. failures: {file: reason}."""
     lines = [f'{file}: {reason}' for file, reason in sorted(failures.items())]
     if len(lines) == 1:
-        return f'{lines[0]}; repair or delete this file'
-    heading = f'{len(lines)} files cannot be used; repair or delete them:'
+        return f'{lines[0]}; repair, rename or delete this file'
+    heading = f'{len(lines)} files cannot be used; repair, rename or delete them:'
     shown = lines[:10]
     if len(lines) > 10:
         shown.append(f'and {len(lines) - 10} more')
@@ -253,16 +260,8 @@ def missing_folder_message(path):
     if similar:
         return f'no folder {path.absolute()}: did you mean --data-dir "{similar[0].parent}"?'
     return (f'no folder {path.absolute()}: food-11/README.md says where to get the photographs; '
-            f'the first would be {path.parent / "training" / "0_0.jpg"}. '
+            f'the first would be {path / "0_0.jpg"}. '
             '--data-dir names another place, --demo needs no photographs')
-
-
-def no_photographs_message(path):
-    """What to tell the user if the folder `path` holds no photograph."""
-    if (path / 'labeled').is_dir() or (path / 'unlabeled').is_dir():
-        return (f'{path} has folders labeled or unlabeled: these are photographs of the course of '
-                '2021, a different data set; food-11/README.md says where to get food-11')
-    return f'no photographs in {path}; food-11/README.md says where to get those of food-11'
 
 
 # ---- Dataset and batches (section 2.2) -------------------------------------------------------
@@ -536,7 +535,9 @@ def use_chinese_font():
     if ''.join(CLASSES).isascii():
         return
     installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = ['Microsoft YaHei', 'SimHei', 'PingFang SC', 'Noto Sans CJK SC', 'WenQuanYi Zen Hei']
+    # Of a file with several fonts, such as Noto's, older matplotlib finds only the first, "JP".
+    fonts = ['Microsoft YaHei', 'SimHei', 'PingFang SC', 'Arial Unicode MS', 'Noto Sans CJK SC',
+             'Noto Sans CJK JP', 'WenQuanYi Zen Hei']
     rcParams['font.family'] = ['sans-serif', *[font for font in fonts if font in installed]]
 
 
@@ -563,10 +564,13 @@ def show_preview(train_set, index, file=None):
     picture_format = file.suffix[1:] or 'png'
     try:
         figure.savefig(file, dpi=100, format=picture_format)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError):
         # ValueError: a format that matplotlib does not know. RuntimeError: it needs a program for
         # the format that is not installed.
-        raise UserError(f'cannot write the picture {file}: {error}') from None
+        raise UserError(f'cannot write the picture {file}: its name must end in .png, .jpg, .pdf '
+                        'or .svg') from None
+    except OSError as error:
+        raise UserError(f'cannot write the picture {file}: {error.strerror}') from None
     print(f'picture written to {file.absolute()}')
 
 
@@ -583,7 +587,9 @@ def main():
                         help='write the picture into FILE (default: open a window)')
     args = parser.parse_args()
 
-    folder = args.data_dir or data_dir
+    folder = data_dir
+    if args.data_dir is not None:
+        folder = args.data_dir
     if args.demo:
         folder = demo_dir
         make_demo(folder)
@@ -618,6 +624,11 @@ def make_demo(folder):
     """Makes a small food-11 of drawn dishes in a folder."""
     # The fake photographs are those of the tests. Imported here, because only --demo needs them.
     from tests.fake_food11 import draw_food11
+    # Dishes that were drawn when CLASSES was longer have labels that do not exist any more.
+    for file in Path(folder).glob('*/*_*.jpg'):
+        label = file.name.split('_')[0]
+        if label.isdecimal() and int(label) >= len(CLASSES):
+            file.unlink()
     draw_food11(folder, class_count=len(CLASSES))
 
 

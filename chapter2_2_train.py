@@ -314,7 +314,7 @@ def parse_arguments():
     parser.add_argument('--workers', type=int, metavar='N',
                         help='processes that prepare training batches; 0: the training process '
                         'does it (default: for a GPU the number of CPU cores minus 1, at most '
-                        '16; on the CPU 0)')
+                        '16, on Windows 4; on the CPU 0)')
     parser.add_argument('--device', metavar='NAME',
                         help='cuda, cuda:1, mps, xpu or cpu (default: a GPU if PyTorch finds one)')
     parser.add_argument('--out', metavar='DIR',
@@ -326,7 +326,8 @@ def parse_arguments():
                         'folder, write them into predict.csv, and print the accuracy if the '
                         'photographs are named like those for training')
     parser.add_argument('--dreams', action='store_true',
-                        help='draw what the classes look like to the network of the run in --out')
+                        help='write dreams.png: what the classes look like to the network of the '
+                        'run in --out')
     parser.add_argument('--checkpoint', default='best.pt', metavar='NAME',
                         help='the file in --out that --predict and --dreams use '
                         '(default: %(default)s)')
@@ -339,8 +340,11 @@ def parse_arguments():
         # Written with "not", so that nan is refused as well.
         if value is not None and not low <= value <= high:
             parser.error(f'argument {option_of(name)}: {value} is not in {low}..{high}')
-    if args.out is None and (args.resume or args.predict or args.dreams):
-        parser.error('--resume, --predict and --dreams need the folder of a run: --out DIR')
+    if args.out is None:
+        for name in ('resume', 'predict', 'dreams'):
+            if getattr(args, name):
+                parser.error(f'argument {option_of(name)}: the folder of the run is missing, '
+                             '--out DIR')
     return args
 
 
@@ -385,12 +389,16 @@ def choose_settings(args, checkpoint, world_size):
 def refuse_other_settings(folder, given, checkpoint):
     """Raises UserError if the given settings would change the training of the run in `folder`."""
     saved = checkpoint['settings']
+    advice = 'resume it without this option, or start a new run in a different folder'
     # data_dir may change, as the photographs may have been moved.
-    for name in ('batch_size', 'lr', 'seed', 'no_amp', 'demo'):
+    for name in ('batch_size', 'lr', 'seed', 'no_amp'):
         if name in given and given[name] != saved[name]:
-            raise UserError(f'the run in {folder} was started with {name} = {saved[name]} and '
-                            f'cannot continue with {name} = {given[name]}: resume it without '
-                            'options, or start a new run in a different folder')
+            option = option_of(name)
+            raise UserError(f'the run in {folder} was started with {option} {saved[name]} and '
+                            f'cannot continue with {option} {given[name]}: {advice}')
+    if 'demo' in given and given['demo'] != saved['demo']:
+        raise UserError(f'the run in {folder} cannot exchange the photographs of the demo for '
+                        f'others, or others for them: {advice}')
     trained = len(checkpoint['history'])
     if 'epochs' in given and given['epochs'] < trained:
         raise UserError(f'the run in {folder} has trained {trained} epochs already, more than '
@@ -433,7 +441,7 @@ def unusable_device_message(name, error):
     if 'no kernel image' in str(error):
         major, minor = torch.cuda.get_device_capability(name)
         message += (f'. It is built without support for the {torch.cuda.get_device_name(name)} '
-                    f'(compute capability {major}.{minor}): install a PyTorch for an older CUDA, '
+                    f'(compute capability {major}.{minor}): install a PyTorch that supports it, '
                     'see "Troubleshooting" in README.md')
     elif 'invalid device ordinal' in str(error):
         message += (f'. There are {gpu_count} CUDA GPUs here, numbered from 0; torchrun can use '
@@ -777,7 +785,7 @@ class Run:
         if not math.isfinite(row['train_loss'] + row['val_loss']):
             raise UserError(f'epoch {row["epoch"]}: the loss is not a finite number; '
                             f'{self.describe_saved()}. Start a new run with a lower --lr, or with '
-                            '--no-amp')
+                            '--no-amp if this one computed with 16 bits')
         self.history.append(row)
         if row['val_acc'] > self.best_acc:
             self.best_acc = row['val_acc']
@@ -995,8 +1003,8 @@ def load_checkpoint(path):
     Raises UserError if it is missing, corrupt, or not a checkpoint of this script.
     """
     if not path.exists():
-        raise UserError(f'there is no {path}: --out must name the folder of a run that has saved '
-                        'a checkpoint')
+        raise UserError(f'there is no {path}: is {path.parent} the folder of a run that has saved '
+                        'a checkpoint?')
     # What zipfile and torch.load raise when bits of a file are wrong.
     errors_of_corrupt_files = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError,
                                pickle.UnpicklingError, ValueError, LookupError, EOFError, OSError)
@@ -1240,9 +1248,7 @@ def predict_or_dream(args):
     if args.predict:
         autocast, _ = mixed_precision(device, args.no_amp)
         batch_size = args.batch_size or data.batch_size
-        all_readable = predict(args.predict, model, folder, batch_size, device, autocast)
-        if not all_readable:
-            sys.exit(1)
+        predict(args.predict, model, folder, batch_size, device, autocast)
 
 
 def predict(paths, model, run_folder, batch_size, device, autocast):
@@ -1250,17 +1256,19 @@ def predict(paths, model, run_folder, batch_size, device, autocast):
     predictions are written into predict.csv. If they are named like those for training, also
     prints the accuracy.
 
-    Returns whether all photographs could be read. stderr says which of them could not.
+    Raises UserError at the end if some photographs cannot be read; it says which.
     """
     if sum(os.path.isdir(path) for path in paths) > 1:
         raise UserError('--predict takes one folder at a time, as predict.csv is one table')
-    all_readable = True
+    for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f'there is no file or folder {path}')
+    failures = {}
     for path in map(Path, paths):
         image_files = [path]
         if path.is_dir():
             image_files = data.list_images(path)
-        x, readable = read_readable(image_files)
-        all_readable = all_readable and len(readable) == len(image_files)
+        x, readable = read_readable(image_files, failures)
         probabilities = predict_probabilities(model, x, batch_size, device, autocast)
         if path.is_dir():
             write_predictions(run_folder / 'predict.csv', path, readable, probabilities)
@@ -1269,11 +1277,12 @@ def predict(paths, model, run_folder, batch_size, device, autocast):
             print_test_accuracies(path, readable, probabilities)
         elif readable:
             print(f'{path}: {three_likeliest(probabilities[0])}')
-    return all_readable
+    if failures:
+        raise UserError(data.bad_files_message(failures))
 
 
-def read_readable(image_files):
-    """Reads those photographs that can be read, and prints on stderr which cannot.
+def read_readable(image_files, failures):
+    """Reads those photographs that can be read. The others are added to failures: {file: reason}.
 
     Returns x, uint8 (N, 128, 128, 3), BGR, and the list of the N files that could be read.
     """
@@ -1282,9 +1291,7 @@ def read_readable(image_files):
     def read(i):
         images[i] = data.read_image(image_files[i])
 
-    failures = data.on_all_cores(read, image_files)
-    for file, reason in sorted(failures.items()):
-        print(f'{file}: {reason}', file=sys.stderr)
+    failures.update(data.on_all_cores(read, image_files))
     numbers = sorted(images)
     x = np.zeros((len(numbers), data.image_size, data.image_size, 3), dtype=np.uint8)
     for row, i in enumerate(numbers):
@@ -1295,7 +1302,7 @@ def read_readable(image_files):
 def print_test_accuracies(folder, image_files, probabilities):
     """Prints the accuracy of each class, if the photographs are named like those for training.
 
-    If only some of them are, stderr says so.
+    If they are not, says so on stderr.
     """
     labels = []
     unlabelled = []
@@ -1304,11 +1311,12 @@ def print_test_accuracies(folder, image_files, probabilities):
             labels.append(data.label_of(file, folder))
         except data.UnusableFile as error:
             unlabelled.append(f'{file}: {error}')
-    if labels and unlabelled:
-        print(f'no accuracy, because {len(unlabelled)} of {len(image_files)} photographs have no '
-              f'label; the first is {unlabelled[0]}', file=sys.stderr)
+    if unlabelled:
+        print(f'no accuracy, as {len(unlabelled)} of {len(image_files)} photographs are not named '
+              f'like those for training: {unlabelled[0]}', file=sys.stderr)
     elif labels:
-        print_accuracies(count_predictions(labels, probabilities.argmax(1)), 'class')
+        counts = count_predictions(labels, probabilities.argmax(1))
+        print_accuracies(counts, 'labels from the names')
 
 
 def three_likeliest(probabilities):

@@ -1,5 +1,6 @@
 """chapter2_1_data.py: what it reads, what it refuses, what it shows."""
 import os
+import re
 import shutil
 import unicodedata
 from pathlib import Path
@@ -57,7 +58,11 @@ def test_readfile_on_real_photographs():
     x, y = data.readfile(folder)
     for image, file in list(zip(x, data.list_images(folder), strict=True))[::17]:
         assert np.array_equal(image, cv2.resize(cv2.imread(str(file)), (128, 128)))
-    assert y.max() <= 10
+    for label, file in zip(y, data.list_images(folder), strict=True):
+        if file.parent == folder:
+            assert label == int(re.split('[_-]', file.name)[0])
+        else:  # Kaggle's folders are in the order of the labels
+            assert label == sorted(os.listdir(folder)).index(file.parent.name)
 
 
 def test_every_spelling_of_a_name(tmp_path):
@@ -141,8 +146,11 @@ def test_more_classes_than_uint8_has_labels_are_refused(tmp_path, monkeypatch):
     ('0_1.png', 'png', 'cut off'),
     ('bread.jpg', 'whole', 'no label'),
     ('1.jpg', 'whole', 'no label'),
+    ('1', 'copy', 'no label'),
     ('11_1.jpg', 'whole', 'label 11 is not in 0..10'),
     ('Pizza/1.jpg', 'whole', "folder 'Pizza'"),
+    ('00/1.jpg', 'whole', "folder '00' is not named like any of the CLASSES in chapter2_1_data.py "
+                          "(the course of 2021"),
     ('0_2.jpg', 'link', 'No such file'),
 ])
 def test_a_bad_file_is_named_with_the_reason(tmp_path, name, content, reason):
@@ -153,6 +161,8 @@ def test_a_bad_file_is_named_with_the_reason(tmp_path, name, content, reason):
             file.symlink_to(tmp_path / 'moved away')
         except OSError:
             pytest.skip('no symbolic links here')
+    elif content == 'copy':
+        shutil.copy(tmp_path / '5_0.jpg', file)
     elif isinstance(content, bytes):
         file.write_bytes(content)
     else:
@@ -160,7 +170,8 @@ def test_a_bad_file_is_named_with_the_reason(tmp_path, name, content, reason):
         if content != 'whole':
             file.write_bytes(file.read_bytes()[:-40])
     message = problem(tmp_path)
-    assert str(file) in message and reason in message and 'repair or delete' in message
+    assert str(file) in message and reason in message
+    assert message.endswith('; repair, rename or delete this file')
     assert '\n' not in message and '5_0.jpg' not in message
 
 
@@ -173,7 +184,7 @@ def test_all_bad_files_of_both_folders_come_in_one_message(food11, tmp_path):
     with pytest.raises(data.UserError) as error:
         data.read_food11(tmp_path)
     lines = str(error.value).splitlines()
-    assert lines[0].startswith('13 files cannot be used')
+    assert lines[0] == '13 files cannot be used; repair, rename or delete them:'
     assert len(lines) == 12 and 'and 3 more' in lines[-1]
     assert '4_bad0.jpg' in lines[1] and 'bad0.jpg' in lines[10]
 
@@ -182,8 +193,10 @@ def test_an_empty_and_a_missing_folder(tmp_path):
     (tmp_path / '.DS_Store').touch()
     assert f'no photographs in {tmp_path}' in problem(tmp_path)
     # The course of 2021 had other photographs, in folders of folders.
-    write(tmp_path / '2021' / 'labeled' / '00' / '0.jpg')
-    assert '2021' in problem(tmp_path / '2021') and 'README.md' in problem(tmp_path / '2021')
+    write(tmp_path / '2021' / 'Labeled' / '00' / '0.jpg')
+    write(tmp_path / '2021' / '0_0.jpg')
+    message = problem(tmp_path / '2021')
+    assert 'course of 2021' in message and 'food-11/README.md' in message
     missing = tmp_path / 'food-11' / 'training'
     assert str(missing) in problem(missing) and 'food-11/README.md' in problem(missing)
     # Unpacked one folder too deep.
@@ -394,13 +407,24 @@ def test_with_a_display_the_preview_opens_in_a_window(scripts, food11, tmp_path,
 def test_data_scripts_mistakes_end_in_one_line(scripts, food11, tmp_path):
     for arguments, word in [((), 'food-11/README.md'),
                             (('--data-dir', food11, '--index', 44), '0..43'),
-                            (('--data-dir', food11, '--save', 'preview.xyz'), 'preview.xyz'),
+                            (('--data-dir', ''), 'no folder'),
+                            (('--data-dir', food11, '--save', 'preview.xyz'), '.png, .jpg'),
+                            (('--data-dir', food11, '--save', 'preview.pgf'), 'preview.pgf'),
                             (('--data-dir', food11, '--save', 'nowhere/preview.png'), 'nowhere')]:
         done = scripts.call(*arguments, main=scripts.data.main)
         assert done.returncode == 1 and done.stderr.startswith('error: ')
         assert word in done.stderr and done.stderr.count('\n') == 1
     done = scripts.call('--data-dir', food11, '--save', '预览.jpg', main=scripts.data.main)
     assert done.returncode == 0 and (tmp_path / '预览.jpg').stat().st_size > 10_000
+
+
+def test_the_demo_follows_a_shorter_list_of_classes(scripts, edited):
+    assert scripts.call('--demo', main=scripts.data.main).returncode == 0
+    names = ",\n           ".join([", ".join(repr(name) for name in data.CLASSES[:6]),
+                                   ", ".join(repr(name) for name in data.CLASSES[6:])])
+    three = edited({f'CLASSES = [{names}]': "CLASSES = ['米饭', '面条', '汤']"})
+    done = three.call('--demo', main=three.data.main)
+    assert done.returncode == 0 and done.stdout.splitlines()[0].startswith('(90, ')
 
 
 def test_help_opens_with_the_examples(scripts):

@@ -175,7 +175,7 @@ def test_the_demo_has_settings_of_its_own_and_leaves_food_11_alone(small, tmp_pa
     out = Path('runs', '001')
     assert small.call('--out', out, '--resume', '--device', 'cpu').returncode == 0
     done = small.call('--out', out, '--resume', '--device', 'cpu', '--data-dir', 'food-11')
-    assert done.returncode == 1 and 'started with demo = True' in done.stderr
+    assert done.returncode == 1 and 'photographs of the demo' in done.stderr
 
 
 def test_stdout_has_the_epochs_and_the_table_and_nothing_else(small, few):

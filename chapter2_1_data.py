@@ -42,7 +42,7 @@ batch_size = 128
 
 
 class UserError(Exception):
-    """An error that the scripts explain to the user in one line, without a traceback."""
+    """A mistake of the user: the scripts print its message, and no traceback."""
 
 
 class UnusableFile(Exception):
@@ -58,7 +58,7 @@ def readfile(path, failures=None):
 
     Raises UserError if there are no photographs, or if files cannot be used as photographs. If a
     dictionary `failures` is given, such files do not raise an error, but are added to it, with the
-    reasons. Their rows of x and y mean nothing then.
+    reasons, and their rows of x and y are not to be used. (read_food11 needs this.)
     """
     image_files = list_images(path)
     x = np.zeros((len(image_files), image_size, image_size, 3), dtype=np.uint8)
@@ -68,8 +68,7 @@ def readfile(path, failures=None):
         x[i] = read_image(image_files[i])
         y[i] = label_of(image_files[i], path)
 
-    # The book's loop, for i in range(len(image_files)): read(i), but on all CPU cores. The names of
-    # the files are only for error messages.
+    # The book's loop, for i in range(len(image_files)): read(i), but on all CPU cores.
     new_failures = on_all_cores(read, image_files)
     if failures is not None:
         failures.update(new_failures)
@@ -121,10 +120,10 @@ def label_of(file, folder):
     if file.parent != Path(folder):
         return label_of_class_folder(file.parent.name)
     # The book's code expects 3_17.jpg, its text says 3-17.jpg.
-    number = re.match('([0-9]+)[_-]', file.name)
-    if number is None:
+    match = re.match('([0-9]+)[_-]', file.name)
+    if match is None:
         raise UnusableFile('no label in its name, which should be like 3_17.jpg (label_number)')
-    label = int(number[1])
+    label = int(match.group(1))
     if label >= len(CLASSES):
         raise UnusableFile(f'label {label} is not in 0..{len(CLASSES) - 1}, the positions in '
                            'CLASSES in chapter2_1_data.py')
@@ -141,7 +140,8 @@ def label_of_class_folder(name):
             return label
     reason = f'its folder {name!r} is not named like any of the CLASSES in chapter2_1_data.py'
     if name.isdecimal():
-        reason += ' (the course of 2021 numbered its folders, but had different photographs)'
+        reason += (" (Hung-yi Lee's course of 2021 has numbered folders, but that is a different "
+                   'data set)')
     raise UnusableFile(reason)
 
 
@@ -168,7 +168,7 @@ def check_classes():
 def list_images(path):
     """The photographs in a folder and in its subfolders (one for each class), sorted by name.
 
-    Raises UserError if the folder is missing or holds no photograph.
+    Raises UserError if the folder is missing, holds no photograph, or is that of another data set.
     """
     path = Path(path)
     if not path.is_dir():
@@ -177,9 +177,10 @@ def list_images(path):
     for entry in path.iterdir():
         if entry.is_dir() and not entry.name.startswith('.'):
             folders.append(entry)
-        if entry.name.lower() in ('labeled', 'unlabeled'):
-            raise UserError(f'{path} has a folder {entry.name}: this is the data set of the course '
-                            'of 2021, a different one; food-11/README.md says where to get '
+    for folder in folders:
+        if folder.name.lower() in ('labeled', 'unlabeled'):
+            raise UserError(f"there is a folder {folder}: this is the data set of Hung-yi Lee's "
+                            'course of 2021, a different one; food-11/README.md says where to get '
                             'food-11')
     image_files = []
     for folder in folders:
@@ -205,7 +206,7 @@ def is_image(file):
 
 
 def on_all_cores(read, image_files):
-    """Calls read(i) for the number i of each file, on all CPU cores, with a progress bar.
+    """Calls read(0), read(1), ... once for each file, on all CPU cores, with a progress bar.
 
     Returns a dictionary {file: reason} of the files for which read raised OSError or UnusableFile.
     """
@@ -253,14 +254,15 @@ def missing_folder_message(path):
     # The archive may have been unpacked one folder too deep: there is food-11/food-11/training
     # instead of food-11/training.
     similar = list(path.parent.glob(f'*/{path.name}'))
-    # Or --data-dir food-11/training was given, and food-11/training/training is missing.
+    # Or --data-dir food-11/training was given instead of food-11, so food-11/training/training is
+    # missing, but there is food-11/training.
     one_folder_up = path.parent.parent / path.name
     if one_folder_up.is_dir():
         similar.append(one_folder_up)
     if similar:
         return f'no folder {path.absolute()}: did you mean --data-dir "{similar[0].parent}"?'
     return (f'no folder {path.absolute()}: food-11/README.md says where to get the photographs; '
-            f'the first would be {path / "0_0.jpg"}. '
+            f'one of them should be {path / "0_0.jpg"}. '
             '--data-dir names another place, --demo needs no photographs')
 
 
@@ -272,24 +274,25 @@ class ImgDataset(Dataset):
 
     x: uint8 (N, 128, 128, 3), BGR. y: N labels, or None. transform: a function of one image.
 
-    At first, a random transform gives a different result each time, as in the book. After a call
-    of set_epoch, its result depends on seed, epoch and index only, so that a run can be repeated.
-    This works for transforms that use PyTorch's random numbers, as torchvision's do.
+    A random transform gives a different result each time, as in the book. To make a run
+    repeatable, call set_epoch(epoch) before each epoch: then the result depends on seed, epoch and
+    index only. This works for transforms that use PyTorch's random numbers, as torchvision's do.
     """
 
     NO_EPOCH = -1
 
     def __init__(self, x, y=None, transform=None, seed=0):
-        # As a tensor: where workers are not forked (Windows, macOS), PyTorch shares tensors with
-        # them, but would copy an array for each of them.
-        # ascontiguousarray: PyTorch does not accept arrays such as x[::-1] as they are.
+        # As a tensor: the loader's workers are separate processes. On Windows and macOS, PyTorch
+        # shares tensors with them, but would copy an array for each of them.
+        # ascontiguousarray: PyTorch does not accept an array such as x[::-1] as it is.
         self.x = torch.as_tensor(np.ascontiguousarray(x))
         self.y = None
         if y is not None:
             self.y = torch.as_tensor(y, dtype=torch.long)
         self.transform = transform
         self.seed = seed
-        # In shared memory, because worker processes must see it when set_epoch changes it.
+        # In shared memory, because worker processes must see it when set_epoch changes it. They
+        # would not see the change of a plain number.
         self.epoch = torch.tensor(self.NO_EPOCH).share_memory_()
 
     def set_epoch(self, epoch):
@@ -338,18 +341,18 @@ test_transform = transforms.Compose([
 
 
 def as_bytes(dataset):
-    """The same dataset, but its images are uint8 (128, 128, 3) in 0..255, if that is possible.
+    """The same dataset without its last step ToTensor: its images are uint8 (128, 128, 3).
 
-    The last step, ToTensor, makes float32 of the bytes of an image: four times as much to send to
-    the GPU. So the images are sent as bytes, and to_input does this step on the GPU. If the last
-    step is a different one, such as Normalize, the dataset is returned as it is.
+    ToTensor makes float32 of the bytes of an image: four times as much to send to the GPU. So the
+    images are sent as bytes, and to_input does this step on the GPU. If the transform does not
+    begin with ToPILImage and end with ToTensor, the dataset is returned as it is.
     """
     if not isinstance(dataset.transform, transforms.Compose):
         return dataset
     steps = dataset.transform.transforms
     if not steps or not isinstance(steps[-1], transforms.ToTensor):
         return dataset
-    # pil_to_bytes takes PIL images, so the steps before it must work on these.
+    # pil_to_bytes takes PIL images.
     if not isinstance(steps[0], transforms.ToPILImage):
         return dataset
     # A shallow copy: only the transform differs.
@@ -359,7 +362,7 @@ def as_bytes(dataset):
 
 
 def pil_to_bytes(img):
-    """A PIL image as uint8 (128, 128, 3), or (128, 128, 1) if it is grey."""
+    """A PIL image as uint8 (128, 128, 3), or (128, 128, 1) after transforms.Grayscale."""
     return np.atleast_3d(np.array(img))
 
 
@@ -374,7 +377,8 @@ def to_input(x, device):
 
 def to_device(tensor, device):
     """Copies a tensor to the device."""
-    # non_blocking: Python does not wait until the copy is complete. With CUDA that is safe.
+    # non_blocking: Python does not wait until the copy is complete. CUDA computes with it only
+    # then; other devices might use numbers that have not arrived yet.
     return tensor.to(device, non_blocking=device.type == 'cuda')
 
 
@@ -382,7 +386,7 @@ def make_loaders(train_set, val_set, images_per_step, workers=0, pin_memory=Fals
                  world_size=1, rank=0, seed=0):
     """The book's train_loader, which shuffles, and its val_loader, which does not.
 
-    The batches hold images as bytes (see as_bytes); to_input makes them the network's input.
+    The batches hold images as bytes (see as_bytes), so call to_input(x, device) before model(x).
     images_per_step: the book's batch_size, the number of images in a training step. If several
     processes train together, they share these images.
     val_set: with several processes, only the part of the images that this process evaluates. (The
@@ -434,8 +438,8 @@ FOOD11_COUNTS = {'Bread': (994, 362), 'Dairy product': (429, 144), 'Dessert': (1
 def print_counts(train_y, val_y, compare=True):
     """Prints how many images of each class there are.
 
-    If these should be the photographs of food-11, but are not as many as the complete food-11 has,
-    prints the numbers of that as well. compare=False: does not.
+    If the classes are food-11's, and the counts differ from those of the complete food-11, prints
+    these beside them. compare=False: never.
     """
     titles = ['training', 'validation']
     counts = np.stack([np.bincount(train_y, minlength=len(CLASSES)),
@@ -446,7 +450,7 @@ def print_counts(train_y, val_y, compare=True):
             titles += ['food-11 training', 'food-11 validation']
             counts = np.hstack([counts, complete])                           # [11, 4]
 
-    print_row('class', titles, titles)
+    print_row('class', cells=titles, titles=titles)
     for label, name in enumerate(CLASSES):
         print_row(f'{label:>2} {name}', counts[label], titles)
     print_row('total', counts.sum(0), titles)
@@ -474,7 +478,7 @@ def show_sample(axes, train_set, index):
 
 def to_rgb(img):
     """A float (3, H, W) BGR tensor as a (H, W, 3) RGB array, which is what matplotlib shows."""
-    img = img.permute(1, 2, 0)  # [128, 128, 3]
+    img = img.permute(1, 2, 0)  # [H, W, 3]
     img = img.flip(2)           # BGR -> RGB
     # After a step such as Normalize, there are numbers outside of 0..1.
     return img.clamp(0, 1).numpy()
@@ -483,13 +487,14 @@ def to_rgb(img):
 def show_classes(axes, train_set, augmentations=4):
     """A grid with a column for each class: the class's first image at the top, and under it the
     same image, augmented several times."""
-    first_images = [first_of_class(train_set.y, label) for label in range(len(CLASSES))]
+    first_indices = [first_of_class(train_set.y, label) for label in range(len(CLASSES))]
     plain_set = ImgDataset(train_set.x, train_set.y, test_transform)
+    # A dataset for each row. train_set gives a different augmentation in each of its rows.
     datasets = [plain_set] + [train_set] * augmentations
     white = torch.ones(3, image_size, image_size)
     cells = []
     for dataset in datasets:
-        for index in first_images:
+        for index in first_indices:
             img = white
             if index is not None:
                 img, _ = dataset[index]
@@ -500,7 +505,7 @@ def show_classes(axes, train_set, augmentations=4):
     axes.imshow(to_rgb(grid))
 
     column_names = []
-    for label, index in enumerate(first_images):
+    for label, index in enumerate(first_indices):
         # Long names are written on several lines.
         name = CLASSES[label].replace(' ', '\n').replace('/', '/\n')
         if index is None:
@@ -535,7 +540,8 @@ def use_chinese_font():
     if ''.join(CLASSES).isascii():
         return
     installed = {font.name for font in font_manager.fontManager.ttflist}
-    # Of a file with several fonts, such as Noto's, older matplotlib finds only the first, "JP".
+    # Noto's file holds a font for each of several languages. Older versions of matplotlib see only
+    # the first one, the Japanese, which has the Chinese characters too.
     fonts = ['Microsoft YaHei', 'SimHei', 'PingFang SC', 'Arial Unicode MS', 'Noto Sans CJK SC',
              'Noto Sans CJK JP', 'WenQuanYi Zen Hei']
     rcParams['font.family'] = ['sans-serif', *[font for font in fonts if font in installed]]
@@ -577,7 +583,7 @@ def show_preview(train_set, index, file=None):
 # ---- The script ------------------------------------------------------------------------------
 
 def main():
-    # The text at the top of this file opens the help. RawDescription keeps its lines as they are.
+    # --help begins with the text at the top of this file. RawDescription keeps its lines.
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
@@ -624,7 +630,7 @@ def make_demo(folder):
     """Makes a small food-11 of drawn dishes in a folder."""
     # The fake photographs are those of the tests. Imported here, because only --demo needs them.
     from tests.fake_food11 import draw_food11
-    # Dishes that were drawn when CLASSES was longer have labels that do not exist any more.
+    # Deletes the dishes of an earlier demo whose classes have been removed from CLASSES since.
     for file in Path(folder).glob('*/*_*.jpg'):
         label = file.name.split('_')[0]
         if label.isdecimal() and int(label) >= len(CLASSES):
@@ -635,7 +641,7 @@ def make_demo(folder):
 def run_script(script_main):
     """Calls a script's main function. A UserError ends in a message on stderr and status 1."""
     # If stdout goes into a file on Windows, its encoding may lack characters of a path. They are
-    # then written as numbers.
+    # then written as numbers. (stdout in a notebook cannot be reconfigured, and need not be.)
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')
     signal.signal(signal.SIGINT, interrupt)
@@ -658,13 +664,13 @@ interrupted_time = -math.inf
 def interrupt(number, frame):
     """Turns Ctrl-C (SIGINT) and the system's request to end (SIGTERM) into a KeyboardInterrupt."""
     global interrupted_time
-    # torchrun sends SIGTERM right after a Ctrl-C: within a second, that is the same request.
+    # A second signal within a second is ignored: torchrun sends SIGTERM right after a Ctrl-C.
     if time.monotonic() - interrupted_time < 1:
         return
     interrupted_time = time.monotonic()
     if hasattr(signal, 'SIGCHLD'):
-        # A terminal sends Ctrl-C to worker processes as well. PyTorch would raise an error for each
-        # worker that ends (SIGCHLD), in the middle of what follows.
+        # A terminal sends Ctrl-C to the loader's workers as well, and they end. SIGCHLD says so to
+        # PyTorch, which would raise an error while the script prints its last message.
         signal.signal(signal.SIGCHLD, ignore)
     raise KeyboardInterrupt
 
@@ -678,8 +684,8 @@ def ignore_signals():
 def ignore(number, frame):
     """A signal handler that does nothing.
 
-    If a signal arrives just before this handler is set, Python still has to call some function for
-    it. With signal.SIG_IGN there would be none, and Python would print an error.
+    Used instead of signal.SIG_IGN: if a signal has arrived just before, Python still calls the
+    handler for it, and would print an error because SIG_IGN is not a function.
     """
 
 

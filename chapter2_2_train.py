@@ -8,7 +8,8 @@ Each run has a folder for its checkpoints, history and pictures: runs/001, runs/
 
     python chapter2_2_train.py --out runs/001 --resume            continues a run, or starts it
     python chapter2_2_train.py --out runs/001 --predict dinner.jpg
-    python chapter2_2_train.py --out runs/001 --dreams            the class images of section 1.2
+    python chapter2_2_train.py --out runs/001 --dreams            what the classes look like to it
+                                                                  (section 1.2)
 """
 import argparse
 import contextlib
@@ -118,7 +119,8 @@ def train_epoch(model, train_loader, loss, optimizer, device, autocast, scaler, 
 
     autocast and scaler are for computing with 16 bits; with 32 bits they do nothing.
     Returns the accuracy and the mean loss per image. (The book adds up the mean losses of the
-    batches, and divides by the number of images: its losses are about 1/127 of these.)
+    batches, and divides by the number of images: its losses are about 1/127 of these, as food-11
+    has 78 batches for 9,866 images.)
     """
     model.train()
     # These sums stay on the GPU. Reading a number from there makes Python wait until the GPU has
@@ -184,7 +186,7 @@ def train(model, train_loader, val_loader, loss, optimizer, device, autocast, sc
     """The book's loop: train, evaluate, print, save (section 2.4).
 
     run: a Run. Its history says how many epochs have been trained before.
-    Raises UserError if the loss is not a finite number any more.
+    Raises UserError if the loss is not a finite number any more (in run.add_epoch).
     """
     epochs = run.settings['epochs']
     # With one process, this is the model. With several, it is the model too, but wrapped so that
@@ -306,7 +308,8 @@ def parse_arguments():
                         help="Adam's learning rate "
                         f'(default: {learning_rate}; with --demo {demo["lr"]})')
     parser.add_argument('--seed', type=int, metavar='N',
-                        help='the same seed gives the same numbers on the CPU (default: 0)')
+                        help='on the CPU, a run with the same seed gives the same results '
+                        '(default: 0)')
     # store_true would give False if the option is missing; choose_settings needs None then.
     parser.add_argument('--no-amp', action='store_const', const=True,
                         help='no automatic mixed precision: compute with 32 bits (default: with '
@@ -343,8 +346,7 @@ def parse_arguments():
     if args.out is None:
         for name in ('resume', 'predict', 'dreams'):
             if getattr(args, name):
-                parser.error(f'argument {option_of(name)}: the folder of the run is missing, '
-                             '--out DIR')
+                parser.error(f'argument {option_of(name)}: needs the folder of a run, --out DIR')
     return args
 
 
@@ -370,7 +372,7 @@ def choose_settings(args, checkpoint, world_size):
         defaults.update(DEMO_SETTINGS)
         given['demo'] = True
     elif args.data_dir is not None:
-        # So a run of the demo cannot continue with other photographs: see refuse_other_settings.
+        # --data-dir means: not the demo. refuse_other_settings needs to know.
         given['demo'] = False
     saved = {}
     if checkpoint is not None:
@@ -391,14 +393,18 @@ def refuse_other_settings(folder, given, checkpoint):
     saved = checkpoint['settings']
     advice = 'resume it without this option, or start a new run in a different folder'
     # data_dir may change, as the photographs may have been moved.
-    for name in ('batch_size', 'lr', 'seed', 'no_amp'):
+    for name in ('batch_size', 'lr', 'seed'):
         if name in given and given[name] != saved[name]:
             option = option_of(name)
             raise UserError(f'the run in {folder} was started with {option} {saved[name]} and '
                             f'cannot continue with {option} {given[name]}: {advice}')
-    if 'demo' in given and given['demo'] != saved['demo']:
-        raise UserError(f'the run in {folder} cannot exchange the photographs of the demo for '
-                        f'others, or others for them: {advice}')
+    if 'no_amp' in given and not saved['no_amp']:
+        raise UserError(f'the run in {folder} was started without --no-amp: {advice}')
+    if given.get('demo') is True and not saved['demo']:
+        raise UserError(f'the run in {folder} was started without --demo: {advice}')
+    if given.get('demo') is False and saved['demo']:
+        raise UserError(f'the run in {folder} was started with --demo and cannot continue with '
+                        f'--data-dir: {advice}')
     trained = len(checkpoint['history'])
     if 'epochs' in given and given['epochs'] < trained:
         raise UserError(f'the run in {folder} has trained {trained} epochs already, more than '
@@ -507,8 +513,9 @@ def available_cores():
         cores = os.process_cpu_count()  # since Python 3.13
     elif hasattr(os, 'sched_getaffinity'):
         cores = len(os.sched_getaffinity(0))
-    # A container may be limited to fewer cores. cpu.max then holds how many microseconds of their
-    # time it gets in each period: "400000 100000" means 4 cores, "max 100000" no limit.
+    # A container may be limited to fewer cores. cpu.max then holds two numbers of microseconds: the
+    # CPU time that the container gets in each period, and the length of a period. "400000 100000"
+    # means 4 cores, "max 100000" no limit.
     container_limit = Path('/sys/fs/cgroup/cpu.max')
     if container_limit.exists():
         quota, period = container_limit.read_text().split()
@@ -532,7 +539,7 @@ def choose_workers(wanted, device, batch_size, rank):
     if os.path.isdir('/dev/shm'):
         # Workers send batches through shared memory, and Docker provides only 64 MB of that. For
         # each worker there must be room for four: two waiting, one being made, and one in use.
-        # (Several processes share the memory, but each of them makes smaller batches.)
+        # (Several processes have smaller batches each, which together are as large.)
         # The transform decides how many bytes an image has, so a blank image is transformed.
         blank = np.zeros((1, data.image_size, data.image_size, 3), dtype=np.uint8)
         blank_set = data.ImgDataset(blank, transform=data.train_transform)
@@ -580,6 +587,7 @@ def keep_freed_memory(batch_size):
     # is on the safe side.
     bytes_per_pixel = 6000
     needed = bytes_per_pixel * data.image_size ** 2 * batch_size
+    # CDLL(None): the C library that Python itself uses.
     c_library = ctypes.CDLL(None)
     # Only the GNU C library has mallopt: see "man mallopt".
     if memory < needed or not hasattr(c_library, 'mallopt'):
@@ -672,7 +680,8 @@ def make_demo_once(folder):
 
 @contextlib.contextmanager
 def explained_connection_errors():
-    """For a with-block in which processes wait for each other: says so if one has ended."""
+    """For a with-block in which processes wait for each other: if one of them has ended, raises
+    UserError instead of PyTorch's error."""
     try:
         yield
     except RuntimeError as error:
@@ -683,7 +692,8 @@ def lost_process_message(error):
     """What to tell the user if the connection to another process is lost."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return (f'another process has ended or cannot be reached, so this one ends as well '
-            f'({lines[-1]}). In Docker, NCCL needs more shared memory: docker run --shm-size 2g')
+            f'({lines[-1]}). If these are GPUs in a Docker container, it may need more shared '
+            'memory: docker run --shm-size 2g')
 
 
 # ---- The run's folder ------------------------------------------------------------------------
@@ -705,8 +715,9 @@ class Run:
         self.settings = {}
         self.history = []
         self.lock = None
-        # The best validation accuracy so far, and its weights until they are written.
+        # The best validation accuracy so far.
         self.best_acc = -1.0
+        # The weights of that epoch, if best.pt does not hold them yet.
         self.best_checkpoint = None
         # When last.pt was written, or this object was made.
         self.saved_time = time.monotonic()
@@ -742,7 +753,7 @@ class Run:
         return checkpoint
 
     def files(self):
-        """The names of the files in the folder."""
+        """The names of everything in the folder, except the lock file."""
         return [file.name for file in self.folder.iterdir() if file.name != '.lock']
 
     def lock_folder(self):
@@ -792,7 +803,8 @@ class Run:
             self.best_checkpoint = copy.deepcopy(weights_checkpoint(model))
 
     def save_if_due(self, model, optimizer, scaler):
-        """Saves the run after its last epoch, and when its last checkpoint is becoming too old."""
+        """Saves the run after its last epoch, and if last.pt would be older than save_seconds
+        after one more epoch."""
         # Saving can take as long as an epoch on a fast GPU, so not every epoch is saved.
         age_after_next_epoch = time.monotonic() - self.saved_time + self.history[-1]['seconds']
         finished = len(self.history) == self.settings['epochs']
@@ -801,8 +813,8 @@ class Run:
 
     def save(self, model, optimizer, scaler):
         """Writes best.pt, last.pt, history.csv and curves.png."""
-        # best.pt first: if the run is killed before last.pt is written, it will be continued from
-        # an earlier epoch, and reach the epoch of best.pt again.
+        # best.pt first: if the run is killed between the two, it continues from an earlier epoch,
+        # and reaches that of best.pt again. In the other order, the best weights would be lost.
         if self.best_checkpoint is not None:
             if write_checkpoint(self.folder / 'best.pt', self.best_checkpoint):
                 self.best_checkpoint = None
@@ -819,7 +831,8 @@ class Run:
     def write_history(self):
         """Writes history.csv and curves.png."""
         text = io.StringIO()
-        # Epochs that an older version of the script has trained may lack a column, or have more.
+        # Columns may have been added to or removed from the script since the first epochs:
+        # restval='' leaves a gap, extrasaction='ignore' leaves the rest out.
         table = csv.DictWriter(text, fieldnames=list(self.history[-1]), restval='',
                                extrasaction='ignore', lineterminator='\n')
         table.writeheader()
@@ -841,7 +854,7 @@ class Run:
         if self.rank > 0:
             return self.describe_saved()
         if self.saved_epochs() == 0:
-            command = 'start again with the same options, and with --resume if you give this --out'
+            command = 'give the same command again, with --resume if it has --out'
         else:
             command = f'continue with python chapter2_2_train.py --out "{self.folder}" --resume'
         return f'{self.describe_saved()}; {command}'
@@ -902,8 +915,8 @@ def explained_errors(run, device):
         if error.errno is not None and error.filename is None:
             # For example "Broken pipe", if stdout has been closed.
             raise UserError(f'{error.strerror}; {run.how_to_continue()}') from None
-        # Any other OSError is a bug in code added to the script, as `write` has explained those of
-        # the run's files. run_script would hide its traceback; a RuntimeError keeps it.
+        # Any other OSError is a bug, as `write` raises UserError for the files of the run. It is
+        # raised as a RuntimeError, because run_script prints an OSError without a traceback.
         raise RuntimeError('the training has failed') from error
 
 
@@ -1026,8 +1039,8 @@ def check_zip_file(file):
     does not check the checksums in it."""
     with zipfile.ZipFile(file) as archive:
         bad_part = archive.testzip()
-        # PyTorch always writes 0 as an entry's attributes. A wrong bit there can make PyTorch treat
-        # the entry as a folder, and skip it.
+        # testzip does not check the attributes of the parts, which are always 0 in PyTorch's files.
+        # A wrong bit there could turn a part into a folder, whose weights PyTorch would not read.
         has_attributes = any(part.external_attr != 0 for part in archive.infolist())
     if bad_part is not None or has_attributes:
         raise zipfile.BadZipFile
@@ -1061,6 +1074,7 @@ def restore(model, optimizer, scaler, checkpoint, path):
     then, now = checkpoint['optimizer_class'], type(optimizer).__name__
     if then != now:
         raise UserError(f'{path} is incompatible: its optimizer was {then}, now it is {now}')
+    # Only Adam's averages come from the checkpoint, so that an edited option takes effect.
     state_dict = optimizer.state_dict()
     state_dict['state'] = checkpoint['optimizer']['state']
     optimizer.load_state_dict(state_dict)
@@ -1212,7 +1226,7 @@ def predict_probabilities(model, x, batch_size, device, autocast):
 
 
 def count_predictions(labels, predicted):
-    """counts (11, 11), as draw_confusion and print_accuracies take them."""
+    """counts (11, 11): counts[i, j] is how many images of class i are predicted as class j."""
     counts = np.zeros((len(data.CLASSES), len(data.CLASSES)), dtype=int)
     for label, predicted_label in zip(labels, predicted):
         counts[label, predicted_label] += 1
@@ -1258,7 +1272,8 @@ def predict(paths, model, run_folder, batch_size, device, autocast):
 
     Raises UserError at the end if some photographs cannot be read; it says which.
     """
-    if sum(os.path.isdir(path) for path in paths) > 1:
+    folders = [path for path in paths if os.path.isdir(path)]
+    if len(folders) > 1:
         raise UserError('--predict takes one folder at a time, as predict.csv is one table')
     for path in paths:
         if not os.path.exists(path):
@@ -1312,8 +1327,8 @@ def print_test_accuracies(folder, image_files, probabilities):
         except data.UnusableFile as error:
             unlabelled.append(f'{file}: {error}')
     if unlabelled:
-        print(f'no accuracy, as {len(unlabelled)} of {len(image_files)} photographs are not named '
-              f'like those for training: {unlabelled[0]}', file=sys.stderr)
+        print(f'no accuracy, because {len(unlabelled)} of {len(image_files)} photographs have no '
+              f'label, for example {unlabelled[0]}', file=sys.stderr)
     elif labels:
         counts = count_predictions(labels, probabilities.argmax(1))
         print_accuracies(counts, 'labels from the names')
@@ -1384,8 +1399,8 @@ def dream(model, device, steps=100):
     optimizer = torch.optim.Adam([x], lr=0.05)
     for step in tqdm(range(steps), 'dreaming', leave=False, disable=None):
         optimizer.zero_grad()
-        # The images are shifted by a different distance in each step, so that shapes help, and
-        # single pixels do not. Without this, the images would be speckle.
+        # The images are shifted by a different distance in each step. So only shapes make the
+        # probability large, wherever they are. Without this, the images would be speckle.
         shift = torch.randint(-max_shift, max_shift + 1, (2,)).tolist()
         scores = model(x.roll(shift, dims=(2, 3)))
         # log y_i is large where y_i is large, but has a gradient also where y_i is near 0.

@@ -150,7 +150,7 @@ def test_more_classes_than_uint8_has_labels_are_refused(tmp_path, monkeypatch):
     ('11_1.jpg', 'whole', 'label 11 is not in 0..10'),
     ('Pizza/1.jpg', 'whole', "folder 'Pizza'"),
     ('00/1.jpg', 'whole', "folder '00' is not named like any of the CLASSES in chapter2_1_data.py "
-                          "(the course of 2021"),
+                          "(Hung-yi Lee's course of 2021"),
     ('0_2.jpg', 'link', 'No such file'),
 ])
 def test_a_bad_file_is_named_with_the_reason(tmp_path, name, content, reason):

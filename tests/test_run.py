@@ -474,7 +474,7 @@ def test_predict_names_three_classes_and_writes_kaggles_table(
                       '--predict', folder / '0000.jpg', folder)
     assert done.returncode == 1
     unlabelled, error = done.stderr.splitlines()
-    assert unlabelled.startswith('no accuracy, as 3 of 3') and '0000.jpg' in unlabelled
+    assert unlabelled.startswith('no accuracy, because 3 of 3') and '0000.jpg' in unlabelled
     assert error.startswith(f'error: {folder / "0001.jpg"}: ') and 'repair' in error
     single, summary = done.stdout.splitlines()
     model = small.train.load_model(copy_of_finished / 'best.pt', CPU)

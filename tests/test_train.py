@@ -160,7 +160,7 @@ def test_the_books_settings_are_the_defaults(scripts, food11, tmp_path):
     assert '"epochs": 100' in settings and '"batch_size": 128' in settings
     assert '"lr": 0.001' in settings and '"seed": 0' in settings and 'food-11"' in settings
     assert process.returncode == 130 and len(errors.splitlines()) == 4
-    assert 'PyTorch finds no GPU' in errors and 'holds no checkpoint yet; start again' in errors
+    assert 'PyTorch finds no GPU' in errors and 'holds no checkpoint yet; give the same' in errors
 
 
 def test_the_demo_has_settings_of_its_own_and_leaves_food_11_alone(small, tmp_path):
@@ -175,7 +175,7 @@ def test_the_demo_has_settings_of_its_own_and_leaves_food_11_alone(small, tmp_pa
     out = Path('runs', '001')
     assert small.call('--out', out, '--resume', '--device', 'cpu').returncode == 0
     done = small.call('--out', out, '--resume', '--device', 'cpu', '--data-dir', 'food-11')
-    assert done.returncode == 1 and 'photographs of the demo' in done.stderr
+    assert done.returncode == 1 and 'started with --demo' in done.stderr
 
 
 def test_stdout_has_the_epochs_and_the_table_and_nothing_else(small, few):

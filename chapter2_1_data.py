@@ -651,6 +651,9 @@ def run_script(script_main):
     except (UserError, OSError) as error:
         # OSError: a file or folder cannot be read or written. Its text says which one.
         sys.exit(f'error: {error}')
+    except torch.OutOfMemoryError as error:
+        # Of a GPU. Its text goes on with advice for programmers.
+        sys.exit(f'error: {str(error).splitlines()[0]} See "Troubleshooting" in README.md')
     except KeyboardInterrupt:
         ignore_signals()
         print('interrupted', file=sys.stderr)

@@ -317,7 +317,7 @@ def parse_arguments():
     parser.add_argument('--workers', type=int, metavar='N',
                         help='processes that prepare training batches; 0: the training process '
                         'does it (default: for a GPU the number of CPU cores minus 1, at most '
-                        '16, on Windows 4; on the CPU 0)')
+                        '16, on Windows 4, fewer if there is little shared memory; on the CPU 0)')
     parser.add_argument('--device', metavar='NAME',
                         help='cuda, cuda:1, mps, xpu or cpu (default: a GPU if PyTorch finds one)')
     parser.add_argument('--out', metavar='DIR',
@@ -343,6 +343,8 @@ def parse_arguments():
         # Written with "not", so that nan is refused as well.
         if value is not None and not low <= value <= high:
             parser.error(f'argument {option_of(name)}: {value} is not in {low}..{high}')
+    if args.out is not None and os.path.isfile(args.out):
+        parser.error(f'argument --out: {args.out} is a file, but should be a folder')
     if args.out is None:
         for name in ('resume', 'predict', 'dreams'):
             if getattr(args, name):
@@ -1027,10 +1029,12 @@ def load_checkpoint(path):
             file.seek(0)
             checkpoint = torch.load(file, weights_only=True, map_location='cpu')
         except errors_of_corrupt_files as error:
-            raise UserError(f'{path} is corrupt, or not a checkpoint ({type(error).__name__}); '
-                            'nothing in it was executed') from None
+            raise UserError(f'{path} is corrupt, or not a checkpoint ({type(error).__name__}): '
+                            'replace it by a copy, or start a new run in a different folder'
+                            ) from None
     if not isinstance(checkpoint, dict) or 'requirements' not in checkpoint:
-        raise UserError(f'{path} is incompatible: not a checkpoint of this version of the script')
+        raise UserError(f'{path} is incompatible: not a checkpoint of this version of the script; '
+                        'start a new run in a different folder')
     return checkpoint
 
 
@@ -1046,6 +1050,10 @@ def check_zip_file(file):
         raise zipfile.BadZipFile
 
 
+# What to do if a checkpoint does not fit the script.
+undo_or_new_run = 'undo this change of the scripts, or start a new run in a different folder'
+
+
 def load_weights(model, checkpoint, path):
     """Puts the weights of a checkpoint into the network.
 
@@ -1055,12 +1063,14 @@ def load_weights(model, checkpoint, path):
     for name, now in requirements(model).items():
         then = checkpoint['requirements'].get(name)
         if then != now:
-            raise UserError(f'{path} is incompatible: its {name} was {then}, now it is {now}')
+            raise UserError(f'{path} is incompatible: its {name} was {then}, now it is {now}; '
+                            f'{undo_or_new_run}')
     try:
         model.load_state_dict(checkpoint['model'])
     except RuntimeError:
         raise UserError(f'{path} is incompatible: its weights have other names or shapes than '
-                        f'those of the network {type(model).__name__} now') from None
+                        f'those of the network {type(model).__name__} now; {undo_or_new_run}'
+                        ) from None
 
 
 def restore(model, optimizer, scaler, checkpoint, path):
@@ -1073,7 +1083,8 @@ def restore(model, optimizer, scaler, checkpoint, path):
     load_weights(model, checkpoint, path)
     then, now = checkpoint['optimizer_class'], type(optimizer).__name__
     if then != now:
-        raise UserError(f'{path} is incompatible: its optimizer was {then}, now it is {now}')
+        raise UserError(f'{path} is incompatible: its optimizer was {then}, now it is {now}; '
+                        f'{undo_or_new_run}')
     # Only Adam's averages come from the checkpoint, so that an edited option takes effect.
     state_dict = optimizer.state_dict()
     state_dict['state'] = checkpoint['optimizer']['state']

@@ -358,6 +358,7 @@ def test_a_bad_checkpoint_is_named_in_one_line_and_not_executed(
         assert done.returncode == 1 and done.stdout == '' and done.stderr.count('\n') == 1
         assert f'{copy_of_finished.name}{os.sep}{name} is ' in done.stderr
         assert ('incompatible' if kind == 'foreign' else 'corrupt') in done.stderr
+        assert 'start a new run' in done.stderr
     assert not (tmp_path / 'executed').exists()
 
 
@@ -564,6 +565,9 @@ def test_the_use_of_a_run_needs_one(small, tmp_path):
     missing = os.path.join('nowhere', 'best.pt')
     assert done.returncode == 1 and f'there is no {missing}' in done.stderr
     assert not (tmp_path / 'nowhere').exists()
+    (tmp_path / 'notes.txt').touch()
+    done = small.call('--out', 'notes.txt')
+    assert done.returncode == 2 and 'notes.txt is a file' in done.stderr
 
 
 # ---- Dreams and pictures ---------------------------------------------------------------------

@@ -224,6 +224,14 @@ def test_mistakes_end_in_one_line(scripts, arguments, word):
     assert error.startswith('error: ') and word in error and 'Traceback' not in done.stderr
 
 
+def test_a_full_gpu_ends_in_one_line(scripts):
+    def main():
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ...')
+    done = scripts.call(main=main)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1
+    assert done.stderr.startswith('error: CUDA out of memory') and 'README.md' in done.stderr
+
+
 @pytest.mark.parametrize('arguments', [
     ['--epochs', '0'], ['--batch-size', '-1'], ['--lr', 'nan'], ['--lr', '2'], ['--workers', 'x'],
     ['--seed', '-1'], ['--demo', '--data-dir', 'elsewhere']])

@@ -261,9 +261,9 @@ def missing_folder_message(path):
         similar.append(one_folder_up)
     if similar:
         return f'no folder {path.absolute()}: did you mean --data-dir "{similar[0].parent}"?'
-    return (f'no folder {path.absolute()}: food-11/README.md says where to get the photographs; '
-            f'one of them should be {path / "0_0.jpg"}. '
-            '--data-dir names another place, --demo needs no photographs')
+    return (f'no folder {path.absolute()}, which should hold photographs such as 0_0.jpg or '
+            'Bread/0.jpg: food-11/README.md says where to get those of food-11. --data-dir names '
+            'another place, --demo needs no photographs')
 
 
 # ---- Dataset and batches (section 2.2) -------------------------------------------------------

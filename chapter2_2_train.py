@@ -910,6 +910,8 @@ def explained_errors(run, device):
                             ) from None
         if distributed.is_initialized():
             if isinstance(error, distributed.DistError) or 'gloo/transport' in text:
+                # torchrun sends SIGTERM to the processes that are left, perhaps right now.
+                data.ignore_signals()
                 raise UserError(f'{lost_process_message(error)}; {run.how_to_continue()}'
                                 ) from None
         raise

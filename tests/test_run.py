@@ -419,11 +419,11 @@ def test_two_processes_of_which_one_dies_and_is_restarted_train_as_one_does(
 def test_a_process_that_dies_ends_the_run_of_two(small, torchrun, few, tmp_path):
     done = torchrun(small, '--out', 'run', '--epochs', 1000)
     assert done.returncode != 0 and '[rank' not in done.stderr
-    # The one that is left says what it has seen, and what helps with NCCL in Docker.
-    assert 'error: another process has ended or cannot be reached' in done.stderr
-    assert '--shm-size' in done.stderr
-    # Process 0 says how to continue, if it is not the one that died.
-    assert '--out "run" --resume' in done.stderr or 'process 0 for what is saved' in done.stderr
+    # Process 0 is left. It sees that the other one is gone, or torchrun's SIGTERM comes first.
+    assert ('error: another process has ended or cannot be reached' in done.stderr
+            or 'interrupted: run holds the state after epoch' in done.stderr)
+    assert '--shm-size' in done.stderr or 'interrupted' in done.stderr
+    assert '--out "run" --resume' in done.stderr
     last = checkpoint(tmp_path / 'run')
     # Each validation image has counted once, and the batch norm is that of process 0.
     model = small.train.make_model(CPU)

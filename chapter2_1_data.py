@@ -177,11 +177,10 @@ def list_images(path):
     for entry in path.iterdir():
         if entry.is_dir() and not entry.name.startswith('.'):
             folders.append(entry)
-    for folder in folders:
-        if folder.name.lower() in ('labeled', 'unlabeled'):
-            raise UserError(f"there is a folder {folder}: this is the data set of Hung-yi Lee's "
-                            'course of 2021, a different one; food-11/README.md says where to get '
-                            'food-11')
+    if {'labeled', 'unlabeled'} <= {folder.name.lower() for folder in folders}:
+        raise UserError(f'{path} has folders called labeled and unlabeled: this is the data set of '
+                        "Hung-yi Lee's course of 2021, a different one; food-11/README.md says "
+                        'where to get food-11')
     image_files = []
     for folder in folders:
         image_files += [file for file in folder.iterdir() if is_image(file)]
@@ -567,14 +566,12 @@ def show_preview(train_set, index, file=None):
         return
     file = Path(file or 'chapter2_1_data.png')
     # Without a format, savefig would add .png to a name that has no ending.
-    picture_format = file.suffix[1:] or 'png'
+    picture_format = file.suffix[1:].lower() or 'png'
+    if picture_format not in ('png', 'jpg', 'jpeg', 'pdf', 'svg'):
+        raise UserError(f'cannot write the picture {file}: its name must end in .png, .jpg, .pdf '
+                        'or .svg')
     try:
         figure.savefig(file, dpi=100, format=picture_format)
-    except (ValueError, RuntimeError):
-        # ValueError: a format that matplotlib does not know. RuntimeError: it needs a program for
-        # the format that is not installed.
-        raise UserError(f'cannot write the picture {file}: its name must end in .png, .jpg, .pdf '
-                        'or .svg') from None
     except OSError as error:
         raise UserError(f'cannot write the picture {file}: {error.strerror}') from None
     print(f'picture written to {file.absolute()}')

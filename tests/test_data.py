@@ -193,10 +193,13 @@ def test_an_empty_and_a_missing_folder(tmp_path):
     (tmp_path / '.DS_Store').touch()
     assert f'no photographs in {tmp_path}' in problem(tmp_path)
     # The course of 2021 had other photographs, in folders of folders.
-    write(tmp_path / '2021' / 'Labeled' / '00' / '0.jpg')
     write(tmp_path / '2021' / '0_0.jpg')
+    for name in ('Labeled', 'unlabeled'):
+        write(tmp_path / '2021' / name / '00' / '0.jpg')
     message = problem(tmp_path / '2021')
     assert 'course of 2021' in message and 'food-11/README.md' in message
+    write(tmp_path / 'labeled' / '0_0.jpg')  # a folder of one's own
+    assert len(data.list_images(tmp_path / 'labeled')) == 1
     missing = tmp_path / 'food-11' / 'training'
     assert str(missing) in problem(missing) and 'food-11/README.md' in problem(missing)
     # Unpacked one folder too deep.

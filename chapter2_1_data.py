@@ -1,37 +1,32 @@
 """Section 2.2 of the book: the food-11 photographs as arrays, as a dataset and as batches.
 
-    python chapter2_1_data.py                     counts the photographs in ./food-11, shows some
-    python chapter2_1_data.py --index 7           shows train_set[7] instead of train_set[100]
-    python chapter2_1_data.py --save preview.png  writes the picture into a file, opens no window
-    python chapter2_1_data.py --demo              needs no photographs: makes some fake ones first
-
-chapter2_2_train.py imports its data from here.
+    python chapter2_1_data.py                       counts the photographs in ./food-11, shows some
+    python chapter2_1_data.py --index 7             shows train_set[7] instead of train_set[100]
+    python chapter2_1_data.py --save preview.png    writes the picture into a file
+    python chapter2_1_data.py --data-dir my-photos  your own photographs, in a folder for each class
+    python chapter2_1_data.py --demo                needs no photographs: draws some dishes first
 """
 import argparse
-import copy
-import math
 import os
 import re
-import signal
 import sys
-import time
-import unicodedata
+from collections import defaultdict
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from matplotlib import font_manager, rcParams
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
 from torchvision import transforms
+from torchvision.transforms.functional import convert_image_dtype
 from torchvision.utils import make_grid
-from tqdm.contrib.concurrent import thread_map
+from tqdm import tqdm
 
 data_dir = './food-11'
 demo_dir = './food-11-demo'
 
-# The position of a class in this list is its label. For photographs of your own, edit the list.
+# The names of the labels 0 to 10. Photographs in folders have the folders' names instead.
 CLASSES = ['Bread', 'Dairy product', 'Dessert', 'Egg', 'Fried food', 'Meat',
            'Noodles/Pasta', 'Rice', 'Seafood', 'Soup', 'Vegetable/Fruit']
 
@@ -45,258 +40,201 @@ class UserError(Exception):
     """A mistake of the user: the scripts print its message, and no traceback."""
 
 
-class UnusableFile(Exception):
-    """A file cannot be used as a photograph; the message says why."""
+# ---- Reading the photographs -----------------------------------------------------------------
 
-
-# ---- Reading the photographs (section 2.2) ---------------------------------------------------
-
-def readfile(path, failures=None):
+def readfile(path, classes=CLASSES):
     """Reads the labelled photographs in a folder such as food-11/training (section 2.2).
 
-    Returns x, uint8 (N, 128, 128, 3), BGR, and y, uint8 (N,), in the sorted order of the names.
-
-    Raises UserError if there are no photographs, or if files cannot be used as photographs. If a
-    dictionary `failures` is given, such files do not raise an error, but are added to it, with the
-    reasons, and their rows of x and y are not to be used. (read_food11 needs this.)
+    Returns x, uint8 (N, 128, 128, 3), BGR, and y, uint8 (N,), the positions of the labels in
+    `classes`, in the order of list_images. Raises UserError if there are no photographs, or if
+    some files cannot be used; it names them.
     """
     image_files = list_images(path)
     x = np.zeros((len(image_files), image_size, image_size, 3), dtype=np.uint8)
-    y = np.zeros(len(image_files), dtype=np.uint8)
-
-    def read(i):
-        x[i] = read_image(image_files[i])
-        y[i] = label_of(image_files[i], path)
-
-    # The book's loop, for i in range(len(image_files)): read(i), but on all CPU cores.
-    new_failures = on_all_cores(read, image_files)
-    if failures is not None:
-        failures.update(new_failures)
-    elif new_failures:
-        raise UserError(bad_files_message(new_failures))
+    # The smallest type for the labels: uint8, as in the book, unless there are over 256 classes.
+    y = np.zeros(len(image_files), dtype=np.min_scalar_type(len(classes) - 1))
+    bad_files = []
+    for i, img in enumerate(read_images(image_files)):
+        label = label_of(image_files[i], path, classes)
+        if img is None:
+            bad_files.append(f'{image_files[i]}: not an image that OpenCV can read')
+        elif label is None:
+            bad_files.append(f'{image_files[i]}: no label in its name, as in 3_17.jpg, and not in '
+                             f'a folder named after one of the {len(classes)} classes')
+        else:
+            x[i] = img
+            y[i] = label
+    if bad_files:
+        raise UserError(bad_files_message(bad_files))
     return x, y
 
 
-def read_food11(folder):
-    """Returns train_x, train_y, val_x and val_y, as readfile reads them.
+def read_images(image_files):
+    """Yields the photographs one after the other, each as read_image returns it.
 
-    Raises UserError if CLASSES has names that cannot be told apart, or if files cannot be used as
-    photographs. In that case, the message lists those of both folders.
+    All CPU cores read. At the end, a warning names the photographs that are cut off.
     """
-    check_classes()
-    failures = {}
-    train_x, train_y = readfile(os.path.join(folder, 'training'), failures)
-    val_x, val_y = readfile(os.path.join(folder, 'validation'), failures)
-    if failures:
-        raise UserError(bad_files_message(failures))
-    return train_x, train_y, val_x, val_y
+    # OpenCV's own messages do not say which file they are about. OpenCV 4 has setLogLevel in cv2.
+    getattr(cv2.utils, 'logging', cv2).setLogLevel(0)
+    cut_off = []
+    # Threads are enough, as OpenCV lets other threads run while it decodes. imap keeps the order.
+    with ThreadPool() as threads:
+        # disable=None: no progress bar if stderr is not a terminal.
+        images = tqdm(threads.imap(read_image, image_files), 'reading', len(image_files),
+                      leave=False, disable=None)
+        for file, img in zip(image_files, images):
+            if img is None:
+                # The book's imread reads a JPEG whose end is missing, imdecode does not.
+                img = cv2.imread(str(file))
+                if img is not None:
+                    img = cv2.resize(img, (image_size, image_size))
+                    cut_off.append(str(file))
+            yield img
+    if cut_off:
+        print('warning: cut off, so that a part of the picture may be grey: '
+              f'{", ".join(cut_off[:10])} (files in all: {len(cut_off)})', file=sys.stderr)
 
 
 def read_image(file):
-    """Reads one photograph as uint8 (128, 128, 3), BGR.
-
-    Raises OSError if the file cannot be opened, UnusableFile if it holds no complete image.
-    """
+    """Reads one photograph as uint8 (128, 128, 3), BGR. Returns None if it cannot be read."""
     # The book's cv2.imread cannot open a path with Chinese characters on Windows. Therefore NumPy
-    # reads the bytes, and cv2.imdecode turns them into the same pixels.
-    file_bytes = np.fromfile(file, dtype=np.uint8)
-    if len(file_bytes) == 0:
-        raise UnusableFile('empty file')
+    # reads the bytes, and imdecode turns them into the same pixels.
     try:
-        img = cv2.imdecode(file_bytes, cv2.IMREAD_COLOR)
-    except cv2.error as error:
-        # For example, an image that is too large. For most unreadable files imdecode returns None.
-        raise UnusableFile(f'OpenCV cannot read it ({error.err})') from None
+        img = cv2.imdecode(np.fromfile(file, dtype=np.uint8), cv2.IMREAD_COLOR)
+    except (OSError, cv2.error):
+        # The file cannot be opened, or is empty.
+        return None
     if img is None:
-        raise UnusableFile('not an image that OpenCV can read, or cut off')
+        return None
     return cv2.resize(img, (image_size, image_size))
 
 
-def label_of(file, folder):
-    """The label of a photograph in `folder`: 3 for folder/3_17.jpg, and for folder/Egg/17.jpg.
-
-    Raises UnusableFile if the file has no label.
-    """
-    if file.parent != Path(folder):
-        return label_of_class_folder(file.parent.name)
-    # The book's code expects 3_17.jpg, its text says 3-17.jpg.
-    match = re.match('([0-9]+)[_-]', file.name)
-    if match is None:
-        raise UnusableFile('no label in its name, which should be like 3_17.jpg (label_number)')
-    label = int(match.group(1))
-    if label >= len(CLASSES):
-        raise UnusableFile(f'label {label} is not in 0..{len(CLASSES) - 1}, the positions in '
-                           'CLASSES in chapter2_1_data.py')
-    return label
-
-
-def label_of_class_folder(name):
-    """The label of the class that a folder is named after, as in Kaggle's copy of food-11.
-
-    Raises UnusableFile if there is no such class.
-    """
-    for label, class_name in enumerate(CLASSES):
-        if simplified(class_name) == simplified(name):
-            return label
-    reason = f'its folder {name!r} is not named like any of the CLASSES in chapter2_1_data.py'
-    if name.isdecimal():
-        reason += (" (Hung-yi Lee's course of 2021 has numbered folders, but that is a different "
-                   'data set)')
-    raise UnusableFile(reason)
-
-
-def simplified(name):
-    """A name in lower case, without spaces and punctuation: Noodles-Pasta equals Noodles/Pasta."""
-    # NFKC: in Unicode, é can be one character, or e and an accent. Afterwards it is one.
-    name = unicodedata.normalize('NFKC', name).casefold()
-    return ''.join(character for character in name if character.isalnum())
-
-
-def check_classes():
-    """Raises UserError if two CLASSES have the same simplified name, or there are too many."""
-    names = {}
-    for name in CLASSES:
-        key = simplified(name)
-        if key in names:
-            raise UserError(f'CLASSES has {names[key]!r} and {name!r}: folders with these names '
-                            'cannot be told apart, as only letters and digits count')
-        names[key] = name
-    if len(CLASSES) > 256:
-        raise UserError(f'CLASSES has {len(CLASSES)} names, but labels are uint8: at most 256')
-
-
 def list_images(path):
-    """The photographs in a folder and in its subfolders (one for each class), sorted by name.
+    """The photographs in a folder, and in the folders within it, as sorted Paths.
 
-    Raises UserError if the folder is missing, holds no photograph, or is that of another data set.
+    If there is no folder food-11/training, but a folder for each class in food-11, then
+    food-11/validation stands for every fifth of the photographs in food-11, and food-11/training
+    for the others. Raises UserError if there are no photographs.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(missing_folder_message(path))
-    folders = [path]
-    for entry in path.iterdir():
-        if entry.is_dir() and not entry.name.startswith('.'):
-            folders.append(entry)
-    if {'labeled', 'unlabeled'} <= {folder.name.lower() for folder in folders}:
-        raise UserError(f'{path} has folders called labeled and unlabeled: this is the data set of '
-                        "Hung-yi Lee's course of 2021, a different one; food-11/README.md says "
-                        'where to get food-11')
+    is_part = path.name in ('training', 'validation')
+    if is_part and not path.is_dir() and not is_divided(path.parent):
+        image_files = list_images(path.parent)
+        if path.name == 'validation':
+            return image_files[4::5]
+        del image_files[4::5]
+        return image_files
+
     image_files = []
-    for folder in folders:
-        image_files += [file for file in folder.iterdir() if is_image(file)]
+    # os.walk, because Path.rglob does not follow links to folders.
+    for folder, _, names in os.walk(path, followlinks=True):
+        image_files += [Path(folder, name) for name in names]
+    image_files = [file for file in image_files if is_image(file.relative_to(path))]
     if not image_files:
-        raise UserError(f'no photographs in {path}, nor in the folders in it; food-11/README.md '
-                        'says how to arrange those of food-11')
-    # Sorted as strings, as in the book. Windows would sort paths without regard to case.
+        raise UserError(f'no photographs in {path.absolute()}: food-11/README.md says where to get '
+                        'those of food-11, and how to arrange photographs')
+    # Sorted as texts, as in the book. Windows would sort paths without regard to case.
     return sorted(image_files, key=str)
 
 
 def is_image(file):
-    """Whether something in a folder is to be read as a photograph.
+    """Whether a file is to be read as a photograph: not if it is hidden, or a note or a table.
 
-    That is every file, except hidden ones and those of the types below. A list of image types
-    instead would leave out photographs with an unusual ending, and nobody would notice.
+    A list of the endings that photographs have would leave out some, and nobody would notice.
     """
-    # Notes and tables that people keep beside photographs; Windows makes .db and .ini files.
-    not_images = {'.csv', '.db', '.ini', '.json', '.md', '.txt'}
-    if file.name.startswith('.') or file.suffix.lower() in not_images:
+    # So begin the names of hidden files and folders on Linux, macOS and Synology's disks.
+    hidden = ('.', '__MACOSX', '@eaDir')
+    # Windows makes .db and .ini files.
+    not_images = ('.csv', '.db', '.ini', '.json', '.md', '.txt')
+    if any(part.startswith(hidden) for part in file.parts):
         return False
-    return not file.is_dir()
+    return file.suffix.lower() not in not_images
 
 
-def on_all_cores(read, image_files):
-    """Calls read(0), read(1), ... once for each file, on all CPU cores, with a progress bar.
+def label_of(file, path, classes):
+    """The label of a photograph in the folder `path`, or None if it has none.
 
-    Returns a dictionary {file: reason} of the files for which read raised OSError or UnusableFile.
+    path/3_17.jpg has the label 3; that of path/Egg/17.jpg is the position of Egg in `classes`.
     """
-    failures = {}
-
-    def read_or_note(i):
-        try:
-            read(i)
-        except OSError as error:
-            failures[image_files[i]] = error.strerror or str(error)
-        except UnusableFile as error:
-            failures[image_files[i]] = str(error)
-
-    silence_opencv()
-    # Threads are enough, as OpenCV lets other threads run while it decodes a photograph.
-    # disable=None: no progress bar if stderr is not a terminal.
-    thread_map(read_or_note, range(len(image_files)), max_workers=os.cpu_count(),
-               desc='reading', unit='img', leave=False, disable=None)
-    return failures
+    path = Path(path)
+    if path not in file.parents:
+        # The photographs are not divided: see list_images.
+        path = path.parent
+    name = file.relative_to(path).parts[0]
+    if name in classes:
+        return classes.index(name)
+    # The book's code expects 3_17.jpg, its text says 3-17.jpg.
+    match = re.match('([0-9]+)[_-]', name)
+    if match and name == file.name and classes == CLASSES and int(match.group(1)) < len(classes):
+        return int(match.group(1))
+    return None
 
 
-def silence_opencv():
-    """Turns off OpenCV's own messages on stderr, which do not say which file they are about."""
-    if hasattr(cv2, 'setLogLevel'):
-        cv2.setLogLevel(0)  # 0: silent
-    else:
-        # OpenCV 5 has it here.
-        cv2.utils.logging.setLogLevel(0)
+def bad_files_message(bad_files):
+    """What to tell the user about files that cannot be used. bad_files: texts 'file: reason'."""
+    if len(bad_files) == 1:
+        return f'{bad_files[0]}; repair, rename or delete this file'
+    lines = [f'{len(bad_files)} files cannot be used; repair, rename or delete them:']
+    lines += bad_files[:10]
+    if len(bad_files) > 10:
+        lines.append(f'and {len(bad_files) - 10} more')
+    return '\n  '.join(lines)
 
 
-def bad_files_message(failures):
-    """What to tell the user about files that cannot be used. failures: {file: reason}."""
-    lines = [f'{file}: {reason}' for file, reason in sorted(failures.items())]
-    if len(lines) == 1:
-        return f'{lines[0]}; repair, rename or delete this file'
-    heading = f'{len(lines)} files cannot be used; repair, rename or delete them:'
-    shown = lines[:10]
-    if len(lines) > 10:
-        shown.append(f'and {len(lines) - 10} more')
-    return '\n  '.join([heading, *shown])
+def find_classes(folder):
+    """The names of the classes of the photographs in a data folder such as ./food-11.
+
+    If the photographs are in folders, these are the sorted names of the folders, as in
+    torchvision's ImageFolder; otherwise CLASSES. Raises UserError if it is not a data folder.
+    """
+    train_dir = Path(folder)
+    if is_divided(folder):
+        train_dir = train_dir / 'training'
+    classes = sorted({file.relative_to(train_dir).parts[0] for file in list_images(train_dir)
+                      if file.parent != train_dir})
+    if is_divided(folder) and len(classes) != 1:
+        return classes or CLASSES
+
+    # Are training and validation, or all the classes, further down, or is this one of them?
+    here = Path(folder).resolve()
+    meant = [training.parent for training in (*here.glob('*/training'), *here.glob('*/*/training'))]
+    if here.name in ('training', 'validation'):
+        meant.append(here.parent)
+    if len(classes) < 2 and here.parent.name in ('training', 'validation'):
+        meant.append(here.parent.parent)
+    if len(classes) == 1 and not is_divided(folder):
+        meant.append(here / classes[0])
+    if meant:
+        raise UserError(f'{here} does not hold the folders training and validation, nor a folder '
+                        f'for each class: did you mean --data-dir "{meant[0]}"?')
+    parts = {'train', 'training', 'validation'}
+    if len(classes) < 2 or parts & {name.lower() for name in classes}:
+        raise UserError(f'{here} should hold two folders called training and validation, or a '
+                        'folder for each of at least two classes: see food-11/README.md')
+    return classes
 
 
-def missing_folder_message(path):
-    """What to tell the user if the folder `path` does not exist."""
-    # The archive may have been unpacked one folder too deep: there is food-11/food-11/training
-    # instead of food-11/training.
-    similar = list(path.parent.glob(f'*/{path.name}'))
-    # Or --data-dir food-11/training was given instead of food-11, so food-11/training/training is
-    # missing, but there is food-11/training.
-    one_folder_up = path.parent.parent / path.name
-    if one_folder_up.is_dir():
-        similar.append(one_folder_up)
-    if similar:
-        return f'no folder {path.absolute()}: did you mean --data-dir "{similar[0].parent}"?'
-    return (f'no folder {path.absolute()}, which should hold photographs such as 0_0.jpg or '
-            'Bread/0.jpg: food-11/README.md says where to get those of food-11. --data-dir names '
-            'another place, --demo needs no photographs')
+def is_divided(folder):
+    """Whether the photographs in a data folder are divided into training and validation."""
+    return os.path.isdir(os.path.join(folder, 'training'))
 
 
-# ---- Dataset and batches (section 2.2) -------------------------------------------------------
+# ---- Dataset and transforms ------------------------------------------------------------------
 
 class ImgDataset(Dataset):
     """Images, with labels or without (section 2.2). An item is the transformed image and its
     label, or the image alone if there are no labels.
 
     x: uint8 (N, 128, 128, 3), BGR. y: N labels, or None. transform: a function of one image.
-
-    A random transform gives a different result each time, as in the book. To make a run
-    repeatable, call set_epoch(epoch) before each epoch: then the result depends on seed, epoch and
-    index only. This works for transforms that use PyTorch's random numbers, as torchvision's do.
     """
 
-    NO_EPOCH = -1
-
-    def __init__(self, x, y=None, transform=None, seed=0):
-        # As a tensor: the loader's workers are separate processes. On Windows and macOS, PyTorch
-        # shares tensors with them, but would copy an array for each of them.
-        # ascontiguousarray: PyTorch does not accept an array such as x[::-1] as it is.
-        self.x = torch.as_tensor(np.ascontiguousarray(x))
-        self.y = None
+    def __init__(self, x, y=None, transform=None):
+        # As a tensor: on Windows and macOS, each worker of a loader would get a copy of an array.
+        self.x = torch.as_tensor(x)
+        self.y = y
         if y is not None:
             self.y = torch.as_tensor(y, dtype=torch.long)
         self.transform = transform
-        self.seed = seed
-        # In shared memory, because worker processes must see it when set_epoch changes it. They
-        # would not see the change of a plain number.
-        self.epoch = torch.tensor(self.NO_EPOCH).share_memory_()
-
-    def set_epoch(self, epoch):
-        """To be called before each epoch, with its number, if a run is to be repeatable."""
-        self.epoch.fill_(epoch)
 
     def __len__(self):
         return len(self.x)
@@ -304,389 +242,226 @@ class ImgDataset(Dataset):
     def __getitem__(self, index):
         img = self.x[index].numpy()
         if self.transform is not None:
-            img = self.apply_transform(img, index)
+            img = self.transform(img)
         if self.y is None:
             return img
         return img, self.y[index]
 
-    def apply_transform(self, img, index):
-        """The transformed image. After set_epoch it is the same each time, until the next epoch."""
-        epoch = self.epoch.item()
-        if epoch == self.NO_EPOCH:
-            return self.transform(img)
-        # One seed from three numbers: Python's hash of numbers is the same in every process.
-        # An index of -1 stands for the last image, therefore % len(self).
-        image_seed = hash((self.seed, epoch, index % len(self)))
-        # After the with-block, PyTorch's random generator goes on as if this had not happened.
-        # devices=[]: only the CPU's generator is used here.
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed the generators of all GPUs too, which takes longer.
-            torch.default_generator.manual_seed(image_seed)
-            return self.transform(img)
 
-
-# The channels of the images are in OpenCV's order, BGR. That matters for ColorJitter or Normalize.
+# The book ends with ToTensor, which makes float32 in 0..1 of the bytes. PILToTensor leaves them as
+# uint8 in 0..255, a quarter of the size; chapter2_2_train.py makes the float32 on the GPU.
+# The channels are in OpenCV's order, BGR. That matters for ColorJitter or Normalize.
 train_transform = transforms.Compose([
     transforms.ToPILImage(),
     transforms.RandomHorizontalFlip(),
     transforms.RandomRotation(15),  # by up to 15 degrees in either direction
-    transforms.ToTensor(),          # float32 [3, 128, 128], in 0..1
+    transforms.PILToTensor(),       # uint8 [3, 128, 128]
 ])
 
 test_transform = transforms.Compose([
     transforms.ToPILImage(),
-    transforms.ToTensor(),
+    transforms.PILToTensor(),
 ])
 
 
-def as_bytes(dataset):
-    """The same dataset without its last step ToTensor: its images are uint8 (128, 128, 3).
+# ---- Looking at the data ---------------------------------------------------------------------
 
-    ToTensor makes float32 of the bytes of an image: four times as much to send to the GPU. So the
-    images are sent as bytes, and to_input does this step on the GPU. If the transform does not
-    begin with ToPILImage and end with ToTensor, the dataset is returned as it is.
-    """
-    if not isinstance(dataset.transform, transforms.Compose):
-        return dataset
-    steps = dataset.transform.transforms
-    if not steps or not isinstance(steps[-1], transforms.ToTensor):
-        return dataset
-    # pil_to_bytes takes PIL images.
-    if not isinstance(steps[0], transforms.ToPILImage):
-        return dataset
-    # A shallow copy: only the transform differs.
-    dataset = copy.copy(dataset)
-    dataset.transform = transforms.Compose([*steps[:-1], pil_to_bytes])
-    return dataset
-
-
-def pil_to_bytes(img):
-    """A PIL image as uint8 (128, 128, 3), or (128, 128, 1) after transforms.Grayscale."""
-    return np.atleast_3d(np.array(img))
-
-
-def to_input(x, device):
-    """Brings a batch of images to the device, as float32 (N, 3, 128, 128)."""
-    x = to_device(x, device)
-    if x.dtype == torch.uint8:
-        # From as_bytes. This is what ToTensor does: channels first, numbers in 0..1.
-        x = x.permute(0, 3, 1, 2) / 255
-    return x
-
-
-def to_device(tensor, device):
-    """Copies a tensor to the device."""
-    # non_blocking: Python does not wait until the copy is complete. CUDA computes with it only
-    # then; other devices might use numbers that have not arrived yet.
-    return tensor.to(device, non_blocking=device.type == 'cuda')
-
-
-def make_loaders(train_set, val_set, images_per_step, workers=0, pin_memory=False,
-                 world_size=1, rank=0, seed=0):
-    """The book's train_loader, which shuffles, and its val_loader, which does not.
-
-    The batches hold images as bytes (see as_bytes), so call to_input(x, device) before model(x).
-    images_per_step: the book's batch_size, the number of images in a training step. If several
-    processes train together, they share these images.
-    val_set: with several processes, only the part of the images that this process evaluates. (The
-    sampler that divides train_set may repeat images, which would count twice in the accuracy.)
-    workers: how many processes prepare the training batches; 0: the training process does it.
-    pin_memory: whether to keep batches in memory from which a CUDA GPU can copy them faster.
-    world_size, rank: how many processes train together, and the number of this one, counted from
-    0 (see chapter2_2_train.py). seed: for the shuffling.
-
-    Call set_epoch(train_loader, epoch) before each epoch, or all epochs have the same order.
-    """
-    # Like shuffle=True in the book, but the order depends only on seed and epoch, so that a run can
-    # be repeated. And several processes get equal shares of the images (to make the shares equal,
-    # a few images may occur twice).
-    sampler = DistributedSampler(train_set, num_replicas=world_size, rank=rank, shuffle=True,
-                                 seed=seed)
-    # How workers are started; None stands for the system's default.
-    start_method = None
-    if workers > 0 and sys.platform == 'linux':
-        # Forked workers can read the images in the memory of the training process. Otherwise the
-        # images would have to be in shared memory, and in Docker that is small.
-        start_method = 'fork'
-    # as_bytes: train_set without its step ToTensor, which to_input does on the GPU.
-    # persistent_workers: they are started once, not in every epoch.
-    train_loader = DataLoader(as_bytes(train_set), sampler=sampler,
-                              batch_size=images_per_step // world_size,
-                              num_workers=workers, pin_memory=pin_memory,
-                              persistent_workers=workers > 0, multiprocessing_context=start_method)
-    val_loader = DataLoader(as_bytes(val_set), batch_size=images_per_step // world_size,
-                            shuffle=False)
-    return train_loader, val_loader
-
-
-def set_epoch(train_loader, epoch):
-    """Sets the order and the augmentation of the images in the next epoch."""
-    train_loader.sampler.set_epoch(epoch)
-    train_loader.dataset.set_epoch(epoch)
-
-
-# ---- Looking at the data (section 2.2) -------------------------------------------------------
-
-# How many training and validation photographs the complete food-11 has.
-FOOD11_COUNTS = {'Bread': (994, 362), 'Dairy product': (429, 144), 'Dessert': (1500, 500),
-                 'Egg': (986, 327), 'Fried food': (848, 326), 'Meat': (1325, 449),
-                 'Noodles/Pasta': (440, 147), 'Rice': (280, 96), 'Seafood': (855, 347),
-                 'Soup': (1500, 500), 'Vegetable/Fruit': (709, 232)}
-
-
-def print_counts(train_y, val_y, compare=True):
-    """Prints how many images of each class there are.
-
-    If the classes are food-11's, and the counts differ from those of the complete food-11, prints
-    these beside them. compare=False: never.
-    """
-    titles = ['training', 'validation']
-    counts = np.stack([np.bincount(train_y, minlength=len(CLASSES)),
-                       np.bincount(val_y, minlength=len(CLASSES))], axis=1)  # [11, 2]
-    if compare and CLASSES == list(FOOD11_COUNTS):
-        complete = np.array(list(FOOD11_COUNTS.values()))                    # [11, 2]
-        if not np.array_equal(counts, complete):
-            titles += ['food-11 training', 'food-11 validation']
-            counts = np.hstack([counts, complete])                           # [11, 4]
-
-    print_row('class', cells=titles, titles=titles)
-    for label, name in enumerate(CLASSES):
-        print_row(f'{label:>2} {name}', counts[label], titles)
-    print_row('total', counts.sum(0), titles)
-    if len(titles) > 2:
-        print('The columns on the right are those of the complete food-11 (food-11/README.md).')
-
-
-def print_row(name, cells, titles):
-    """Prints a row of a table. Each cell is as wide as the title of its column."""
-    row = f'{name:<18}'
-    for cell, title in zip(cells, titles):
-        row += f' {cell:>{len(title)}}'
-    print(row)
-
-
-def show_sample(axes, train_set, index):
+def show_sample(axes, train_set, index, classes):
     """The book's sample: one training image, with its label as title, on matplotlib axes."""
     img, label = train_set[index]
     axes.imshow(to_rgb(img))
-    axes.set_title(f'{label.item()}: {CLASSES[label]}')
+    axes.set_title(f'{label.item()}: {classes[label]}')
     axes.set_xlabel(f'train_set[{index}]')
     axes.set_xticks([])
     axes.set_yticks([])
 
 
 def to_rgb(img):
-    """A float (3, H, W) BGR tensor as a (H, W, 3) RGB array, which is what matplotlib shows."""
+    """A (3, H, W) BGR tensor as a (H, W, 3) RGB array in 0..1, which is what matplotlib shows."""
+    img = convert_image_dtype(img)
     img = img.permute(1, 2, 0)  # [H, W, 3]
     img = img.flip(2)           # BGR -> RGB
     # After a step such as Normalize, there are numbers outside of 0..1.
     return img.clamp(0, 1).numpy()
 
 
-def show_classes(axes, train_set, augmentations=4):
-    """A grid with a column for each class: the class's first image at the top, and under it the
-    same image, augmented several times."""
-    first_indices = [first_of_class(train_set.y, label) for label in range(len(CLASSES))]
+def show_classes(axes, train_set, classes):
+    """A grid with a column for each class, at most 20: the class's first image at the top, and
+    under it the same image, augmented four times."""
+    classes = classes[:20]
     plain_set = ImgDataset(train_set.x, train_set.y, test_transform)
-    # A dataset for each row. train_set gives a different augmentation in each of its rows.
-    datasets = [plain_set] + [train_set] * augmentations
-    white = torch.ones(3, image_size, image_size)
+    row_names = ['as it is'] + ['augmented'] * 4
     cells = []
-    for dataset in datasets:
-        for index in first_indices:
-            img = white
-            if index is not None:
-                img, _ = dataset[index]
-            cells.append(img)
+    for dataset in [plain_set] + [train_set] * 4:
+        for label in range(len(classes)):
+            cell = torch.ones(3, image_size, image_size)  # white
+            indices = torch.nonzero(train_set.y == label)
+            if len(indices) > 0:
+                img, _ = dataset[indices[0].item()]
+                cell = convert_image_dtype(img)
+            cells.append(cell)
     margin = 8  # pixels between the images
     # nrow: the number of images in a row. pad_value: 1 is white.
-    grid = make_grid(cells, nrow=len(CLASSES), padding=margin, pad_value=1)
-    axes.imshow(to_rgb(grid))
+    axes.imshow(to_rgb(make_grid(cells, nrow=len(classes), padding=margin, pad_value=1)))
 
     column_names = []
-    for label, index in enumerate(first_indices):
+    for label, name in enumerate(classes):
         # Long names are written on several lines.
-        name = CLASSES[label].replace(' ', '\n').replace('/', '/\n')
-        if index is None:
+        name = name.replace(' ', '\n').replace('/', '/\n')
+        if label not in train_set.y:
             name += '\n(none)'
         column_names.append(f'{label}\n{name}')
-    row_names = ['as it is'] + ['augmented'] * augmentations
-    name_columns_and_rows(axes, column_names, row_names, margin)
-
-
-def name_columns_and_rows(axes, column_names, row_names, margin):
-    """Writes names above the columns and beside the rows of a grid of images."""
-    first_centre = margin + image_size / 2
-    distance = margin + image_size
+    # The centres of the images, in pixels of the grid.
+    first, distance = margin + image_size / 2, margin + image_size
+    axes.set_xticks(first + distance * np.arange(len(classes)), column_names, fontsize=8)
+    axes.set_yticks(first + distance * np.arange(len(row_names)), row_names, fontsize=8)
     axes.xaxis.tick_top()
-    axes.set_xticks(first_centre + distance * np.arange(len(column_names)), column_names,
-                    fontsize=8)
-    axes.set_yticks(first_centre + distance * np.arange(len(row_names)), row_names, fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
 
-def first_of_class(y, label):
-    """The index of the first image with this label, or None if there is none."""
-    indices = torch.nonzero(y == label)
-    if len(indices) == 0:
-        return None
-    return indices[0].item()
+def show_preview(train_set, index, classes, file=None):
+    """Shows a sample and all classes in a window, or writes them into `file` as a picture.
 
-
-def use_chinese_font():
-    """Lets matplotlib draw Chinese class names, if one of these fonts is installed."""
-    if ''.join(CLASSES).isascii():
+    Without a display, the picture is written into chapter2_1_data.png.
+    """
+    prepare_matplotlib()
+    from matplotlib import pyplot as plt
+    figure = plt.figure(figsize=(12.6, 4.6), layout='constrained')  # inches
+    left, right = figure.subplots(1, 2, width_ratios=(1, 2.9))
+    show_sample(left, train_set, index, classes)
+    show_classes(right, train_set, classes)
+    # None: matplotlib has found no display to open windows on.
+    if file is None and figure.canvas.required_interactive_framework is not None:
+        plt.show()
         return
+    file = Path(file or 'chapter2_1_data.png')
+    try:
+        # Without a format, savefig would add .png to a name that has no ending.
+        figure.savefig(file, dpi=100, format=file.suffix[1:] or 'png')
+    except (OSError, ValueError) as error:
+        # ValueError: the name ends in something that is no format of pictures.
+        raise UserError(f'cannot write the picture {file}: {error}') from None
+    print(f'picture written to {file.absolute()}')
+
+
+def prepare_matplotlib():
+    """To be called before matplotlib is imported. It is not imported before it is needed."""
+    # A script that a notebook has started with ! inherits the notebook's way to show pictures, a
+    # module that may be missing where the script runs.
+    if os.environ.get('MPLBACKEND', '').startswith('module://'):
+        del os.environ['MPLBACKEND']
+    from matplotlib import font_manager, rcParams
+    # For Chinese names of classes and files: those of these fonts that are installed.
     installed = {font.name for font in font_manager.fontManager.ttflist}
-    # Noto's file holds a font for each of several languages. Older versions of matplotlib see only
-    # the first one, the Japanese, which has the Chinese characters too.
     fonts = ['Microsoft YaHei', 'SimHei', 'PingFang SC', 'Arial Unicode MS', 'Noto Sans CJK SC',
              'Noto Sans CJK JP', 'WenQuanYi Zen Hei']
     rcParams['font.family'] = ['sans-serif', *[font for font in fonts if font in installed]]
 
 
-def show_preview(train_set, index, file=None):
-    """Shows a sample and all classes in a window, or writes them into `file` as a picture.
+def print_counts(train_y, val_y, classes):
+    """Prints how many images of each class there are."""
+    print(f'{"class":<24} training validation')
+    for label, name in enumerate(classes):
+        print(f'{label:>3} {name:<20} {(train_y == label).sum():>8} {(val_y == label).sum():>10}')
+    print(f'{"total":<24} {len(train_y):>8} {len(val_y):>10}')
+    # Kaggle's folders are called Noodles-Pasta and Vegetable-Fruit.
+    is_food11 = [name.replace('-', '/') for name in classes] == CLASSES
+    if is_food11 and (len(train_y), len(val_y)) != (9866, 3430):
+        print('the complete food-11 has 9866 training and 3430 validation photographs')
 
-    Without a display, the picture is written into chapter2_1_data.png.
+
+def print_repeated(train_x, train_y, val_x, val_y, files):
+    """Says how many photographs are both in training and in validation, or have two labels.
+
+    They make the validation accuracy too high, or too low. files: those of train_x and val_x.
     """
-    # pyplot is the part of matplotlib that opens windows. chapter2_2_train.py does not need it, so
-    # it is imported here only.
-    from matplotlib import pyplot as plt
-    use_chinese_font()
-    figure = plt.figure(figsize=(12.6, 4.6), layout='constrained')  # inches
-    left, right = figure.subplots(1, 2, width_ratios=(1, 2.9))
-    show_sample(left, train_set, index)
-    show_classes(right, train_set)
-    # None: matplotlib has found no display to open windows on.
-    has_display = figure.canvas.required_interactive_framework is not None
-    if file is None and has_display:
-        plt.show()
-        return
-    file = Path(file or 'chapter2_1_data.png')
-    # Without a format, savefig would add .png to a name that has no ending.
-    picture_format = file.suffix[1:].lower() or 'png'
-    if picture_format not in ('png', 'jpg', 'jpeg', 'pdf', 'svg'):
-        raise UserError(f'cannot write the picture {file}: its name must end in .png, .jpg, .pdf '
-                        'or .svg')
-    try:
-        figure.savefig(file, dpi=100, format=picture_format)
-    except OSError as error:
-        raise UserError(f'cannot write the picture {file}: {error.strerror}') from None
-    print(f'picture written to {file.absolute()}')
+    labels = np.concatenate([train_y, val_y])
+    # The positions of the photographs that are the same.
+    positions = defaultdict(list)
+    for i, img in enumerate([*train_x, *val_x]):
+        positions[hash(img.tobytes())].append(i)
+    in_both = [same for same in positions.values() if same[0] < len(train_x) <= same[-1]]
+    two_labels = [same for same in positions.values() if len(set(labels[same])) > 1]
+    for repeated, what in ((in_both, 'both in training and in validation'),
+                           (two_labels, 'under more than one label')):
+        if repeated:
+            example = ' and '.join(str(files[i]) for i in repeated[0])
+            print(f'note: photographs that are {what}: {len(repeated)}, for example {example}')
 
 
 # ---- The script ------------------------------------------------------------------------------
 
-def main():
-    # --help begins with the text at the top of this file. RawDescription keeps its lines.
+def main(arguments=None):
+    """arguments: those of the command line, as a list of strings; by default the script's own."""
+    # --help begins with the text at the top of this file.
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
     parser.add_argument('--index', type=int, metavar='N',
                         help='which training image to show (default: 100)')
-    parser.add_argument('--save', metavar='FILE',
+    parser.add_argument('--save', type=os.path.expanduser, metavar='FILE',
                         help='write the picture into FILE (default: open a window)')
-    args = parser.parse_args()
-
-    folder = data_dir
-    if args.data_dir is not None:
-        folder = args.data_dir
+    args = parser.parse_args(arguments)
+    folder = args.data_dir
     if args.demo:
         folder = demo_dir
-        make_demo(folder)
-    train_x, train_y, val_x, val_y = read_food11(folder)
+        make_demo()
+
+    classes = find_classes(folder)
+    train_dir = os.path.join(folder, 'training')
+    val_dir = os.path.join(folder, 'validation')
+    train_x, train_y = readfile(train_dir, classes)
+    val_x, val_y = readfile(val_dir, classes)
     print(train_x.shape)
-    print_counts(train_y, val_y, compare=not args.demo)
+    if not is_divided(folder):
+        print(f'{folder} has no folder training: every fifth photograph is for validation')
+    print_counts(train_y, val_y, classes)
+    print_repeated(train_x, train_y, val_x, val_y, list_images(train_dir) + list_images(val_dir))
 
     train_set = ImgDataset(train_x, train_y, train_transform)
     val_set = ImgDataset(val_x, val_y, test_transform)
-    train_loader, val_loader = make_loaders(train_set, val_set, batch_size)
+    train_loader = DataLoader(train_set, batch_size=batch_size, shuffle=True)
+    val_loader = DataLoader(val_set, batch_size=batch_size, shuffle=False)
     print(f'batches of {batch_size}: {len(train_loader)} training, {len(val_loader)} validation')
 
     index = args.index
     if index is None:
         index = min(100, len(train_set) - 1)
-    if not 0 <= index < len(train_set):
+    if index not in range(len(train_set)):
         raise UserError(f'--index {index}: must be in 0..{len(train_set) - 1}, as there are '
                         f'{len(train_set)} training images')
-    show_preview(train_set, index, args.save)
+    show_preview(train_set, index, classes, args.save)
 
 
 def add_data_arguments(parser):
     """Adds the arguments that both scripts have."""
     where = parser.add_mutually_exclusive_group()
-    where.add_argument('--data-dir', metavar='DIR',
-                       help=f'folder that holds training/ and validation/ (default: {data_dir})')
+    where.add_argument('--data-dir', type=os.path.expanduser, metavar='DIR', default=data_dir,
+                       help='folder that holds training/ and validation/, or a folder for each '
+                       'class (default: %(default)s)')
     where.add_argument('--demo', action='store_true',
-                       help=f'make a small food-11 of drawn dishes in {demo_dir}, and use it')
+                       help=f'draw a small food-11 into {demo_dir}, and use it')
 
 
-def make_demo(folder):
-    """Makes a small food-11 of drawn dishes in a folder."""
-    # The fake photographs are those of the tests. Imported here, because only --demo needs them.
+def make_demo():
+    """Draws a small food-11 into demo_dir."""
+    # The drawn dishes are those of the tests. Imported here, because only --demo needs them.
     from tests.fake_food11 import draw_food11
-    # Deletes the dishes of an earlier demo whose classes have been removed from CLASSES since.
-    for file in Path(folder).glob('*/*_*.jpg'):
-        label = file.name.split('_')[0]
-        if label.isdecimal() and int(label) >= len(CLASSES):
-            file.unlink()
-    draw_food11(folder, class_count=len(CLASSES))
+    draw_food11(demo_dir, class_count=len(CLASSES))
 
 
-def run_script(script_main):
-    """Calls a script's main function. A UserError ends in a message on stderr and status 1."""
-    # If stdout goes into a file on Windows, its encoding may lack characters of a path. They are
-    # then written as numbers. (stdout in a notebook cannot be reconfigured, and need not be.)
-    if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='backslashreplace')
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+def run_script(main):
+    """Calls the main function of a script. A mistake of the user ends in one line on stderr."""
+    # If stdout goes into a file on Windows, its encoding may lack characters of a path.
+    sys.stdout.reconfigure(errors='backslashreplace')
     try:
-        script_main()
-    except (UserError, OSError) as error:
-        # OSError: a file or folder cannot be read or written. Its text says which one.
+        main()
+    except UserError as error:
         sys.exit(f'error: {error}')
-    except torch.OutOfMemoryError as error:
-        # Of a GPU. Its text goes on with advice for programmers.
-        sys.exit(f'error: {str(error).splitlines()[0]} See "Troubleshooting" in README.md')
     except KeyboardInterrupt:
-        ignore_signals()
         print('interrupted', file=sys.stderr)
         sys.exit(130)  # the usual status after Ctrl-C
-
-
-# When the last signal was handled, in seconds.
-interrupted_time = -math.inf
-
-
-def interrupt(number, frame):
-    """Turns Ctrl-C (SIGINT) and the system's request to end (SIGTERM) into a KeyboardInterrupt."""
-    global interrupted_time
-    # A second signal within a second is ignored: torchrun sends SIGTERM right after a Ctrl-C.
-    if time.monotonic() - interrupted_time < 1:
-        return
-    interrupted_time = time.monotonic()
-    if hasattr(signal, 'SIGCHLD'):
-        # A terminal sends Ctrl-C to the loader's workers as well, and they end. SIGCHLD says so to
-        # PyTorch, which would raise an error while the script prints its last message.
-        signal.signal(signal.SIGCHLD, ignore)
-    raise KeyboardInterrupt
-
-
-def ignore_signals():
-    """Ignores further signals, so that they do not interrupt what the script still has to say."""
-    signal.signal(signal.SIGINT, ignore)
-    signal.signal(signal.SIGTERM, ignore)
-
-
-def ignore(number, frame):
-    """A signal handler that does nothing.
-
-    Used instead of signal.SIG_IGN: if a signal has arrived just before, Python still calls the
-    handler for it, and would print an error because SIG_IGN is not a function.
-    """
 
 
 if __name__ == '__main__':

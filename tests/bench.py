@@ -1,7 +1,7 @@
 """How fast the scripts are, as ratios of two things measured in turn in one run.
 
-    python tests/bench.py                  under 5 minutes on 2 cores; needs no photographs
-    python tests/bench.py --quick          under one, and rougher
+    python tests/bench.py                  some minutes on 2 cores; needs no photographs
+    python tests/bench.py --quick          under two, and rougher
     python tests/bench.py --device cuda    a GPU, and 100 epochs against the clock
 """
 import argparse
@@ -24,10 +24,18 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
+from torchvision import transforms  # noqa: E402
 
 import chapter2_1_data as data  # noqa: E402
 import chapter2_2_train as train  # noqa: E402
 from tests.fake_food11 import draw_dish  # noqa: E402
+
+book_transform = transforms.Compose([
+    transforms.ToPILImage(),
+    transforms.RandomHorizontalFlip(),
+    transforms.RandomRotation(15),
+    transforms.ToTensor(),
+])
 
 # Prints the memory of a process and of the workers that prepare its batches, in bytes, shared
 # pages counted once.
@@ -37,12 +45,13 @@ sys.path.insert(0, {str(ROOT)!r})
 if __name__ == '__main__':
     import os
     import numpy as np
+    from torch.utils.data import DataLoader
     import chapter2_1_data as data
     method, workers, images = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     x = np.ones((images, 128, 128, 3), np.uint8)
     train_set = data.ImgDataset(x, x[:, 0, 0, 0], data.train_transform)
-    loader, _ = data.make_loaders(train_set, train_set, 128, workers)
-    loader.multiprocessing_context = method
+    loader = DataLoader(train_set, 128, shuffle=True, num_workers=workers, persistent_workers=True,
+                        multiprocessing_context=method)
     batches = 0
     while batches < 10 * workers:  # by then Python's garbage collector has touched all it has
         batches += sum(1 for _ in loader)
@@ -79,6 +88,15 @@ def row(what, against, ratio, wanted, at_most=False):
     print(f'{what:<46} | {against:<40} | {ratio:>5.2f} | {limit}', flush=True)
 
 
+def noise(count, transform):
+    """An ImgDataset of as many images."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (count, data.image_size, data.image_size, 3), np.uint8)
+    return data.ImgDataset(x, np.arange(count) % 11, transform)
+
+
+# ---- Training: each way in a process of its own, as some settings hold for a whole process ----
+
 def book_epoch(model, train_loader, loss, optimizer, device):
     """The book's loop, as plain as it stands there."""
     model.train()
@@ -96,24 +114,72 @@ def book_epoch(model, train_loader, loss, optimizer, device):
 
 
 def start_book(count, batch_size, device):
-    """In a process of its own, as our settings hold for a whole process."""
-    global book
+    global run
     model = train.Classifier().to(device)
-    loader = DataLoader(noise(count), batch_size=batch_size, shuffle=True)
+    loader = DataLoader(noise(count, book_transform), batch_size=batch_size, shuffle=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=.001)
-    book = model, loader, nn.CrossEntropyLoss(), optimizer, device
+
+    def run():
+        return book_epoch(model, loader, nn.CrossEntropyLoss(), optimizer, device)
 
 
-def run_book():
-    return book_epoch(*book)
+def start_ours(count, batch_size, device, no_amp, on_device):
+    """As main does it; on_device: the same steps, on one batch that lies on the device."""
+    global run
+    os.environ['THP_MEM_ALLOC_ENABLE'] = '1'
+    torch.backends.cudnn.benchmark = True
+    model = train.make_model(11, device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=.001, fused=True)
+    loss = nn.CrossEntropyLoss().to(device)
+    autocast, scaler = train.mixed_precision(device, train.pick_precision(device, no_amp))
+    workers = train.pick_workers(None, device)
+    loader = DataLoader(noise(count, data.train_transform), batch_size=batch_size, shuffle=True,
+                        num_workers=workers, pin_memory=device.type == 'cuda',
+                        persistent_workers=workers > 0)
+    if on_device:
+        x, y = next(iter(loader))
+        loader = [(x.to(device), y.to(device))] * (count // batch_size)
+
+    def run():
+        train.train_epoch(model, loader, loss, optimizer, autocast, scaler)
+        return len(loader) * batch_size
 
 
-def noise(count):
-    """An ImgDataset of as many images."""
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 256, (count, data.image_size, data.image_size, 3), np.uint8)
-    return data.ImgDataset(x, np.arange(count) % 11, data.train_transform)
+def call_run():
+    return run()
 
+
+def peak_memory():
+    """The most memory that this process has had, in MiB, on Linux."""
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def training(rounds, count, batch_size, device, no_amp, least):
+    """An epoch of ours against the book's, and against the same steps without a loader."""
+    settings = (count, batch_size, device)
+    starts = {'book': (start_book, settings), 'ours': (start_ours, (*settings, no_amp, False)),
+              'limit': (start_ours, (*settings, no_amp, True))}
+    processes = {name: ProcessPoolExecutor(1, get_context('spawn'), start, arguments)
+                 for name, (start, arguments) in starts.items()}
+    ways = {name: lambda process=process: process.submit(call_run).result()
+            for name, process in processes.items()}
+    for way in ways.values():
+        way()  # the first time does not count: cuDNN chooses its algorithms, memory grows
+    rates = fastest(rounds, 'images', **ways)
+    kind = f'training, {device.type}, {"full" if no_amp else "mixed"} precision'
+    row(kind, "the book's loop, full precision", rates['ours'] / rates['book'], least)
+    row(kind, 'the same steps on a batch on the device', rates['ours'] / rates['limit'],
+        .95 if device.type == 'cpu' else .9)
+    if platform.system() == 'Linux' and device.type == 'cpu':
+        book, ours = (processes[name].submit(peak_memory).result() for name in ('book', 'ours'))
+        print(f"    memory: book {book:.0f} MiB, ours {ours:.0f} MiB")
+        row(f'{kind}, memory', "the book's loop", ours / book, 1.05, at_most=True)
+    for process in processes.values():
+        process.shutdown()
+
+
+# ---- Reading, loading, the whole ---------------------------------------------------------------
 
 def reading(rounds, count):
     with tempfile.TemporaryDirectory() as folder:
@@ -136,53 +202,15 @@ def reading(rounds, count):
     row('readfile', 'one core reading and resizing', rates['readfile'] / rates['one_core'], 1.6)
 
 
-def loading(rounds, train_set):
-    book_loader = DataLoader(train_set, batch_size=128, shuffle=True)
-    ours, _ = data.make_loaders(noise(len(train_set)), train_set, 128, workers=2)
-    data.set_epoch(ours, 1)
+def loading(rounds, count):
+    book = DataLoader(noise(count, book_transform), batch_size=128, shuffle=True)
+    ours = DataLoader(noise(count, data.train_transform), batch_size=128, shuffle=True,
+                      num_workers=2, persistent_workers=True)
     next(iter(ours))  # its processes have started
-    rates = fastest(rounds, 'images', book=lambda: sum(len(y) for _, y in book_loader),
+    rates = fastest(rounds, 'images', book=lambda: sum(len(y) for _, y in book),
                     ours=lambda: sum(len(y) for _, y in ours))
     row('loader alone, 2 workers', "the book's loader, main process",
-        rates['ours'] / rates['book'], 1.8)
-
-
-def our_training(count, batch_size, device, no_amp):
-    """What train_epoch takes, as main makes it; the photographs are noise."""
-    train_set = noise(count)
-    model = train.make_model(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=.001, fused=device.type == 'cuda')
-    workers = train.choose_workers(None, device, batch_size, rank=0)
-    train_loader, _ = data.make_loaders(train_set, train_set, batch_size, workers,
-                                        pin_memory=device.type == 'cuda')
-    data.set_epoch(train_loader, 1)
-    autocast, scaler = train.mixed_precision(device, no_amp)
-    return train_loader, (model, nn.CrossEntropyLoss(), optimizer, device, autocast, scaler)
-
-
-def training(rounds, count, batch_size, device, no_amp, least):
-    """An epoch of ours against the book's, and against the same steps on one batch that lies on
-    the device."""
-    train_loader, (model, *others) = our_training(count, batch_size, device, no_amp)
-    x, y = next(iter(train_loader))
-    resident = [(x.to(device), y.to(device))] * (count // batch_size)
-
-    def ours(batches):
-        train.train_epoch(model, batches, *others)
-        return count if batches is train_loader else len(resident) * batch_size
-
-    with ProcessPoolExecutor(1, get_context('spawn'), start_book,
-                             (count, batch_size, device)) as book_process:
-        # The first time does not count: cuDNN chooses its algorithms, memory grows.
-        book_process.submit(run_book).result()
-        ours(train_loader)
-        ours(resident)
-        rates = fastest(rounds, 'images', book=lambda: book_process.submit(run_book).result(),
-                        ours=lambda: ours(train_loader), limit=lambda: ours(resident))
-    kind = f'training, {device.type}, {"full" if no_amp else "mixed"} precision'
-    row(kind, "the book's loop, full precision", rates['ours'] / rates['book'], least)
-    row(kind, 'the same steps on a batch on the device', rates['ours'] / rates['limit'],
-        .95 if device.type == 'cpu' else .9)
+        rates['ours'] / rates['book'], 1.7)
 
 
 def memory(method, workers, images):
@@ -207,7 +235,7 @@ def hundred_epochs(device):
     with tempfile.TemporaryDirectory() as folder:
         for split, count in (('training', 9866), ('validation', 3430)):
             Path(folder, split).mkdir()
-            x = noise(count).x.numpy()
+            x = noise(count, None).x.numpy()
             for i, image in enumerate(x):
                 cv2.imwrite(str(Path(folder, split, f'{i % 11}_{i}.bmp')), image)
         start = time.perf_counter()
@@ -229,23 +257,20 @@ def main():
     name = platform.processor() or platform.machine()
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
-    print(f'{device} ({name}), {train.available_cores()} cores, Python '
-          f'{platform.python_version()}, PyTorch {torch.__version__}, {platform.system()}'
-          f'{", quick" if args.quick else ""}')
+    print(f'{device} ({name}), {os.cpu_count()} cores, Python {platform.python_version()}, '
+          f'PyTorch {torch.__version__}, {platform.system()}{", quick" if args.quick else ""}')
     rounds = 1 if args.quick else 3
 
     reading(2 * rounds, 100 if args.quick else 300)
-    loading(2 * rounds, noise(1024 if args.quick else 3072))
+    loading(2 * rounds, 1024 if args.quick else 3072)
     if device.type == 'cpu':
         batch_size = 16 if args.quick else 64
-        train.tune_pytorch(device, batch_size)
-        if train.fastest_dtype(device, no_amp=False) == torch.bfloat16:
+        if train.pick_precision(device, no_amp=False) == torch.bfloat16:
             training(rounds, 2 * batch_size, batch_size, device, False, 3)
         else:
             print('    this CPU has no bfloat16 support: mixed precision is off')
-        training(rounds, 2 * batch_size, batch_size, device, True, 1.2)
+        training(rounds, 2 * batch_size, batch_size, device, True, 1.5)
     else:
-        train.tune_pytorch(device, 128)
         count = 2048 if args.quick else 9866
         training(rounds, count, 128, device, False, 5)
         training(rounds, count, 128, device, True, 1.2)

@@ -5,7 +5,6 @@ import io
 import itertools
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ('chapter2_1_data', 'chapter2_2_train')
 
 os.environ['MPLBACKEND'] = 'Agg'  # the tests open no window
+os.environ['OMP_NUM_THREADS'] = '1'  # more threads only wait for each other in small networks
 
 # The scripts with a small network, small images, few mistakes to draw, and a checkpoint after every
 # epoch: for tests of what is done with a network. An engineer would make the same edits.
@@ -26,8 +26,9 @@ SMALL = {
     'image_size = 128': 'image_size = 32',
     'save_seconds = 60': 'save_seconds = 0',
     'wrong[most_confident_first][:24]': 'wrong[most_confident_first][:2]',
-    'model = Classifier()': 'model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), '
-                            'nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4 * 4, len(data.CLASSES)))',
+    'model = Classifier(class_count)':
+        'model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), nn.ReLU(), '
+        'nn.Flatten(), nn.Linear(4 * 4 * 4, class_count))',
 }
 
 
@@ -51,15 +52,14 @@ class Scripts:
 
     def call(self, *arguments, main=None, stderr=None):
         main = main or self.train.main
-        out, err = io.StringIO(), stderr or io.StringIO()
+        # Streams as Python makes them: run_script changes how stdout is encoded.
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8', newline='') for _ in range(2))
         patches = pytest.MonkeyPatch()
         patches.chdir(self.cwd)
-        patches.setattr(sys, 'argv', ['script.py', *map(str, arguments)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         code = 0
         try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                self.data.run_script(main)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(stderr or err):
+                self.data.run_script(lambda: main([str(argument) for argument in arguments]))
         except SystemExit as stop:
             code = stop.code
             if isinstance(code, str):
@@ -67,10 +67,11 @@ class Scripts:
                 code = 1
         finally:
             patches.undo()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        errors = '' if stderr else err.getvalue()
-        return SimpleNamespace(returncode=code or 0, stdout=out.getvalue(), stderr=errors)
+        texts = []
+        for stream in (out, err):
+            stream.seek(0)
+            texts.append(stream.read())
+        return SimpleNamespace(returncode=code or 0, stdout=texts[0], stderr=texts[1])
 
 
 def import_scripts(folder):

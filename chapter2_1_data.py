@@ -19,8 +19,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from torchvision.transforms.functional import convert_image_dtype
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 data_dir = './food-11'
@@ -57,10 +55,10 @@ def readfile(path, classes=CLASSES):
     for i, img in enumerate(read_images(image_files)):
         label = label_of(image_files[i], path, classes)
         if img is None:
-            bad_files.append(f'{image_files[i]}: not an image that OpenCV can read')
+            bad_files.append(f'{image_files[i]}: cannot be read as an image')
         elif label is None:
-            bad_files.append(f'{image_files[i]}: no label in its name, as in 3_17.jpg, and not in '
-                             f'a folder named after one of the {len(classes)} classes')
+            bad_files.append(f'{image_files[i]}: its folder is not one of the classes, and its '
+                             f'name has no label in 0..{len(classes) - 1} in front, as in 3_17.jpg')
         else:
             x[i] = img
             y[i] = label
@@ -70,39 +68,43 @@ def readfile(path, classes=CLASSES):
 
 
 def read_images(image_files):
-    """Yields the photographs one after the other, each as read_image returns it.
+    """Reads photographs on all CPU cores. Returns a list of what read_image returns for each.
 
-    All CPU cores read. At the end, a warning names the photographs that are cut off.
+    A warning on stderr names those that are cut off, or ten of them.
     """
     # OpenCV's own messages do not say which file they are about. OpenCV 4 has setLogLevel in cv2.
     getattr(cv2.utils, 'logging', cv2).setLogLevel(0)
-    cut_off = []
     # Threads are enough, as OpenCV lets other threads run while it decodes. imap keeps the order.
     with ThreadPool() as threads:
         # disable=None: no progress bar if stderr is not a terminal.
-        images = tqdm(threads.imap(read_image, image_files), 'reading', len(image_files),
-                      leave=False, disable=None)
-        for file, img in zip(image_files, images):
-            if img is None:
-                # The book's imread reads a JPEG whose end is missing, imdecode does not.
-                img = cv2.imread(str(file))
-                if img is not None:
-                    img = cv2.resize(img, (image_size, image_size))
-                    cut_off.append(str(file))
-            yield img
+        images = list(tqdm(threads.imap(read_image, image_files), 'reading', len(image_files),
+                           leave=False, disable=None))
+    cut_off = []
+    for i, file in enumerate(image_files):
+        if images[i] is None:
+            images[i] = read_image(file, is_cut_off=True)
+            if images[i] is not None:
+                cut_off.append(str(file))
     if cut_off:
         print('warning: cut off, so that a part of the picture may be grey: '
               f'{", ".join(cut_off[:10])} (files in all: {len(cut_off)})', file=sys.stderr)
+    return images
 
 
-def read_image(file):
-    """Reads one photograph as uint8 (128, 128, 3), BGR. Returns None if it cannot be read."""
-    # The book's cv2.imread cannot open a path with Chinese characters on Windows. Therefore NumPy
-    # reads the bytes, and imdecode turns them into the same pixels.
+def read_image(file, is_cut_off=False):
+    """Reads one photograph as uint8 (128, 128, 3), BGR. Returns None if it cannot be read.
+
+    is_cut_off: to read a JPEG whose end is missing, as the book's cv2.imread does too.
+    """
+    # cv2.imread cannot open a path with Chinese characters on Windows. Therefore Python reads the
+    # bytes, and imdecode turns them into the same pixels.
     try:
-        img = cv2.imdecode(np.fromfile(file, dtype=np.uint8), cv2.IMREAD_COLOR)
+        file_bytes = Path(file).read_bytes()
+        if is_cut_off and file_bytes.startswith(b'\xff\xd8'):
+            # Unlike imread, imdecode insists on the two bytes that are the end of a JPEG.
+            file_bytes += b'\xff\xd9'
+        img = cv2.imdecode(np.frombuffer(file_bytes, dtype=np.uint8), cv2.IMREAD_COLOR)
     except (OSError, cv2.error):
-        # The file cannot be opened, or is empty.
         return None
     if img is None:
         return None
@@ -112,19 +114,13 @@ def read_image(file):
 def list_images(path):
     """The photographs in a folder, and in the folders within it, as sorted Paths.
 
-    If there is no folder food-11/training, but a folder for each class in food-11, then
-    food-11/validation stands for every fifth of the photographs in food-11, and food-11/training
-    for the others. Raises UserError if there are no photographs.
+    If nobody has divided the photographs into training and validation, food-11/training and
+    food-11/validation stand for parts of those in food-11. Raises UserError if there are none.
     """
     path = Path(path)
     is_part = path.name in ('training', 'validation')
     if is_part and not path.is_dir() and not is_divided(path.parent):
-        image_files = list_images(path.parent)
-        if path.name == 'validation':
-            return image_files[4::5]
-        del image_files[4::5]
-        return image_files
-
+        return every_fifth(list_images(path.parent), path.name)
     image_files = []
     # os.walk, because Path.rglob does not follow links to folders.
     for folder, _, names in os.walk(path, followlinks=True):
@@ -137,37 +133,55 @@ def list_images(path):
     return sorted(image_files, key=str)
 
 
+def is_divided(folder):
+    """Whether the photographs in a data folder are divided into training and validation."""
+    return os.path.isdir(os.path.join(folder, 'training'))
+
+
+def every_fifth(image_files, part):
+    """Divides photographs: every fifth is for 'validation', the others are for 'training'."""
+    if part == 'validation':
+        return image_files[4::5]
+    return [file for i, file in enumerate(image_files) if i % 5 != 4]
+
+
 def is_image(file):
-    """Whether a file is to be read as a photograph: not if it is hidden, or a note or a table.
+    """Whether a file is to be read as a photograph: not if it is hidden, or of another kind.
 
     A list of the endings that photographs have would leave out some, and nobody would notice.
     """
-    # So begin the names of hidden files and folders on Linux, macOS and Synology's disks.
+    # The first characters of hidden files and folders on Linux, macOS and Synology's disks.
     hidden = ('.', '__MACOSX', '@eaDir')
-    # Windows makes .db and .ini files.
-    not_images = ('.csv', '.db', '.ini', '.json', '.md', '.txt')
+    # Notes and tables of people, and what Windows leaves behind.
+    other_kinds = ('.csv', '.db', '.ini', '.json', '.md', '.txt')
     if any(part.startswith(hidden) for part in file.parts):
         return False
-    return file.suffix.lower() not in not_images
+    return file.suffix.lower() not in other_kinds
 
 
 def label_of(file, path, classes):
     """The label of a photograph in the folder `path`, or None if it has none.
 
-    path/3_17.jpg has the label 3; that of path/Egg/17.jpg is the position of Egg in `classes`.
+    That of path/Egg/17.jpg is the position of Egg in `classes`. That of path/3_17.jpg is 3, if the
+    classes are those of food-11.
     """
-    path = Path(path)
-    if path not in file.parents:
-        # The photographs are not divided: see list_images.
-        path = path.parent
-    name = file.relative_to(path).parts[0]
-    if name in classes:
-        return classes.index(name)
+    *folders, name = Path(os.path.relpath(file, path)).parts
+    # If the photographs are not divided, they are beside path: in ../Egg.
+    folders = [folder for folder in folders if folder != '..']
+    if folders:
+        if folders[0] in classes:
+            return classes.index(folders[0])
+        return None
     # The book's code expects 3_17.jpg, its text says 3-17.jpg.
     match = re.match('([0-9]+)[_-]', name)
-    if match and name == file.name and classes == CLASSES and int(match.group(1)) < len(classes):
+    if match and is_food11(classes) and int(match.group(1)) < len(classes):
         return int(match.group(1))
     return None
+
+
+def is_food11(classes):
+    """Whether these are CLASSES, or Kaggle's folders of them: Noodles-Pasta, Vegetable-Fruit."""
+    return [name.replace('-', '/') for name in classes] == CLASSES
 
 
 def bad_files_message(bad_files):
@@ -190,33 +204,37 @@ def find_classes(folder):
     train_dir = Path(folder)
     if is_divided(folder):
         train_dir = train_dir / 'training'
-    classes = sorted({file.relative_to(train_dir).parts[0] for file in list_images(train_dir)
-                      if file.parent != train_dir})
-    if is_divided(folder) and len(classes) != 1:
-        return classes or CLASSES
+    names = {file.relative_to(train_dir).parts[0] for file in list_images(train_dir)
+             if file.parent != train_dir}
+    if is_divided(folder) and not names:
+        return CLASSES
+    refuse_wrong_folder(folder, names)
+    return sorted(names)
 
-    # Are training and validation, or all the classes, further down, or is this one of them?
+
+def refuse_wrong_folder(folder, names):
+    """Raises UserError if the folders with these names are no classes. It says which data folder
+    was probably meant."""
     here = Path(folder).resolve()
+    if is_divided(folder):
+        if len(names) == 1:
+            raise UserError(f'{here} has only one class for training: {", ".join(names)}')
+        return
+    # Too high up: training, or the only folder with photographs, is further down.
     meant = [training.parent for training in (*here.glob('*/training'), *here.glob('*/*/training'))]
+    if len(names) == 1:
+        meant.append(here / min(names))
+    # Too deep: food-11/training, or food-11/training/Egg.
     if here.name in ('training', 'validation'):
         meant.append(here.parent)
-    if len(classes) < 2 and here.parent.name in ('training', 'validation'):
+    if here.parent.name in ('training', 'validation') and not names:
         meant.append(here.parent.parent)
-    if len(classes) == 1 and not is_divided(folder):
-        meant.append(here / classes[0])
     if meant:
         raise UserError(f'{here} does not hold the folders training and validation, nor a folder '
                         f'for each class: did you mean --data-dir "{meant[0]}"?')
-    parts = {'train', 'training', 'validation'}
-    if len(classes) < 2 or parts & {name.lower() for name in classes}:
+    if not names or {'train', 'training', 'validation'} & {name.lower() for name in names}:
         raise UserError(f'{here} should hold two folders called training and validation, or a '
-                        'folder for each of at least two classes: see food-11/README.md')
-    return classes
-
-
-def is_divided(folder):
-    """Whether the photographs in a data folder are divided into training and validation."""
-    return os.path.isdir(os.path.join(folder, 'training'))
+                        'folder for each class: see food-11/README.md')
 
 
 # ---- Dataset and transforms ------------------------------------------------------------------
@@ -229,7 +247,8 @@ class ImgDataset(Dataset):
     """
 
     def __init__(self, x, y=None, transform=None):
-        # As a tensor: on Windows and macOS, each worker of a loader would get a copy of an array.
+        # A tensor, which a loader's workers share. On Windows and macOS, each of them would get a
+        # copy of an array.
         self.x = torch.as_tensor(x)
         self.y = y
         if y is not None:
@@ -250,7 +269,7 @@ class ImgDataset(Dataset):
 
 # The book ends with ToTensor, which makes float32 in 0..1 of the bytes. PILToTensor leaves them as
 # uint8 in 0..255, a quarter of the size; chapter2_2_train.py makes the float32 on the GPU.
-# The channels are in OpenCV's order, BGR. That matters for ColorJitter or Normalize.
+# For Normalize, write ToTensor again. The channels are in OpenCV's order, BGR.
 train_transform = transforms.Compose([
     transforms.ToPILImage(),
     transforms.RandomHorizontalFlip(),
@@ -266,58 +285,35 @@ test_transform = transforms.Compose([
 
 # ---- Looking at the data ---------------------------------------------------------------------
 
-def show_sample(axes, train_set, index, classes):
-    """The book's sample: one training image, with its label as title, on matplotlib axes."""
-    img, label = train_set[index]
-    axes.imshow(to_rgb(img))
-    axes.set_title(f'{label.item()}: {classes[label]}')
-    axes.set_xlabel(f'train_set[{index}]')
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def to_rgb(img):
-    """A (3, H, W) BGR tensor as a (H, W, 3) RGB array in 0..1, which is what matplotlib shows."""
-    img = convert_image_dtype(img)
-    img = img.permute(1, 2, 0)  # [H, W, 3]
+def show_sample(axes, train_set, index, title):
+    """The book's sample: an image of a dataset, on matplotlib axes."""
+    img, _ = train_set[index]
+    img = img.permute(1, 2, 0)  # [3, 128, 128] -> [128, 128, 3]
     img = img.flip(2)           # BGR -> RGB
-    # After a step such as Normalize, there are numbers outside of 0..1.
-    return img.clamp(0, 1).numpy()
+    axes.imshow(img.numpy())
+    axes.set_title(title, fontsize=8)
 
 
-def show_classes(axes, train_set, classes):
+def show_classes(figure, train_set, classes):
     """A grid with a column for each class, at most 20: the class's first image at the top, and
     under it the same image, augmented four times."""
-    classes = classes[:20]
     plain_set = ImgDataset(train_set.x, train_set.y, test_transform)
-    row_names = ['as it is'] + ['augmented'] * 4
-    cells = []
-    for dataset in [plain_set] + [train_set] * 4:
-        for label in range(len(classes)):
-            cell = torch.ones(3, image_size, image_size)  # white
+    rows = [plain_set, train_set, train_set, train_set, train_set]
+    classes = classes[:20]
+    cells = figure.subplots(len(rows), len(classes), squeeze=False)
+    for row, dataset in enumerate(rows):
+        for label, name in enumerate(classes):
+            axes = cells[row, label]
+            axes.set_axis_off()
+            # Long names are written on several lines.
+            title = f'{label}\n' + name.replace(' ', '\n').replace('/', '/\n')
+            if row > 0:
+                title = ''
             indices = torch.nonzero(train_set.y == label)
             if len(indices) > 0:
-                img, _ = dataset[indices[0].item()]
-                cell = convert_image_dtype(img)
-            cells.append(cell)
-    margin = 8  # pixels between the images
-    # nrow: the number of images in a row. pad_value: 1 is white.
-    axes.imshow(to_rgb(make_grid(cells, nrow=len(classes), padding=margin, pad_value=1)))
-
-    column_names = []
-    for label, name in enumerate(classes):
-        # Long names are written on several lines.
-        name = name.replace(' ', '\n').replace('/', '/\n')
-        if label not in train_set.y:
-            name += '\n(none)'
-        column_names.append(f'{label}\n{name}')
-    # The centres of the images, in pixels of the grid.
-    first, distance = margin + image_size / 2, margin + image_size
-    axes.set_xticks(first + distance * np.arange(len(classes)), column_names, fontsize=8)
-    axes.set_yticks(first + distance * np.arange(len(row_names)), row_names, fontsize=8)
-    axes.xaxis.tick_top()
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+                show_sample(axes, dataset, indices[0].item(), title)
+            elif row == 0:
+                axes.set_title(f'{title}\n(none)', fontsize=8)
 
 
 def show_preview(train_set, index, classes, file=None):
@@ -328,11 +324,13 @@ def show_preview(train_set, index, classes, file=None):
     prepare_matplotlib()
     from matplotlib import pyplot as plt
     figure = plt.figure(figsize=(12.6, 4.6), layout='constrained')  # inches
-    left, right = figure.subplots(1, 2, width_ratios=(1, 2.9))
-    show_sample(left, train_set, index, classes)
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.9))
+    label = train_set.y[index].item()
+    show_sample(left.subplots(), train_set, index, f'train_set[{index}]\n{label}: {classes[label]}')
     show_classes(right, train_set, classes)
-    # None: matplotlib has found no display to open windows on.
-    if file is None and figure.canvas.required_interactive_framework is not None:
+    # matplotlib knows no framework for windows if there is no display.
+    has_display = figure.canvas.required_interactive_framework is not None
+    if file is None and has_display:
         plt.show()
         return
     file = Path(file or 'chapter2_1_data.png')
@@ -346,9 +344,10 @@ def show_preview(train_set, index, classes, file=None):
 
 
 def prepare_matplotlib():
-    """To be called before matplotlib is imported. It is not imported before it is needed."""
-    # A script that a notebook has started with ! inherits the notebook's way to show pictures, a
-    # module that may be missing where the script runs.
+    """To be called before the first picture is drawn. Imports matplotlib, which is not imported
+    at the top of the scripts, as its import fails if the backend is missing."""
+    # The backend is what shows pictures. A script that a notebook has started with ! inherits the
+    # notebook's, a module that may be missing where the script runs.
     if os.environ.get('MPLBACKEND', '').startswith('module://'):
         del os.environ['MPLBACKEND']
     from matplotlib import font_manager, rcParams
@@ -365,9 +364,7 @@ def print_counts(train_y, val_y, classes):
     for label, name in enumerate(classes):
         print(f'{label:>3} {name:<20} {(train_y == label).sum():>8} {(val_y == label).sum():>10}')
     print(f'{"total":<24} {len(train_y):>8} {len(val_y):>10}')
-    # Kaggle's folders are called Noodles-Pasta and Vegetable-Fruit.
-    is_food11 = [name.replace('-', '/') for name in classes] == CLASSES
-    if is_food11 and (len(train_y), len(val_y)) != (9866, 3430):
+    if is_food11(classes) and (len(train_y), len(val_y)) != (9866, 3430):
         print('the complete food-11 has 9866 training and 3430 validation photographs')
 
 
@@ -377,7 +374,7 @@ def print_repeated(train_x, train_y, val_x, val_y, files):
     They make the validation accuracy too high, or too low. files: those of train_x and val_x.
     """
     labels = np.concatenate([train_y, val_y])
-    # The positions of the photographs that are the same.
+    # For each different image, the positions at which it stands: first those in train_x.
     positions = defaultdict(list)
     for i, img in enumerate([*train_x, *val_x]):
         positions[hash(img.tobytes())].append(i)
@@ -393,7 +390,7 @@ def print_repeated(train_x, train_y, val_x, val_y, files):
 # ---- The script ------------------------------------------------------------------------------
 
 def main(arguments=None):
-    """arguments: those of the command line, as a list of strings; by default the script's own."""
+    """arguments: those of the command line, which a notebook may give: main(['--index', '7'])."""
     # --help begins with the text at the top of this file.
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

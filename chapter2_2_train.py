@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.functional import convert_image_dtype
 from tqdm import tqdm
 
@@ -51,10 +52,10 @@ num_epoch = 100
 learning_rate = 0.001
 
 # The demo has few images. With the book's options its accuracy jumps up and down.
-demo_options = {'data_dir': demo_dir, 'epochs': 5, 'batch_size': 16, 'lr': 0.0001}
+demo_options = {'epochs': 5, 'batch_size': 16, 'lr': 0.0001}
 
-# What a resumed run takes over from its checkpoint, but for what the command line says.
-resumed_options = ('data_dir', 'epochs', 'batch_size', 'lr', 'seed', 'no_amp')
+# These are saved with a run. If it is resumed, they hold unless the command line has others.
+saved_options = ('data_dir', 'epochs', 'batch_size', 'lr', 'seed', 'no_amp')
 
 # How often a run is saved, in seconds, if an epoch does not take longer.
 save_seconds = 60
@@ -143,8 +144,8 @@ def train_epoch(model, train_loader, loss, optimizer, autocast, scaler):
         with autocast:
             train_pred = model(x)
             batch_loss = loss(train_pred, y)
-        # These are batch_loss.backward() and optimizer.step(). If the 16 bits are float16, in which
-        # small gradients would be 0, the scaler makes the loss larger, and the step smaller again.
+        # These are batch_loss.backward() and optimizer.step(). The scaler is for float16, in which
+        # small gradients become 0: it multiplies the loss, and divides the gradients afterwards.
         scaler.scale(batch_loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -156,13 +157,10 @@ def train_epoch(model, train_loader, loss, optimizer, autocast, scaler):
 
 
 @torch.no_grad()
-def evaluate(model, val_loader, autocast):
-    """Returns the accuracy and the mean loss per image on the validation images (section 2.4).
-
-    The loss is always the cross-entropy, even if the training uses a different one. So runs can be
-    compared.
-    """
+def evaluate(model, val_loader, loss, autocast):
+    """Returns the accuracy and the mean loss per image on the validation images (section 2.4)."""
     device = next(model.parameters()).device
+    share_batch_norm(model)
     model.eval()
     correct = torch.zeros((), device=device)
     loss_sum = torch.zeros((), device=device)
@@ -171,7 +169,7 @@ def evaluate(model, val_loader, autocast):
         x, y = to_device(x, y, device)
         with autocast:
             val_pred = model(x)
-            batch_loss = nn.functional.cross_entropy(val_pred, y)
+            batch_loss = loss(val_pred, y)
         correct += (val_pred.argmax(1) == y).sum()
         loss_sum += batch_loss * len(y)
         image_count += len(y)
@@ -203,9 +201,11 @@ def accuracy_and_loss(correct, loss_sum, image_count):
 # ---- The script ------------------------------------------------------------------------------
 
 def main(arguments=None):
-    """arguments: those of the command line, as a list of strings; by default the script's own."""
-    # On Linux, the CPU then takes large pages of memory. To be set before the first tensor.
+    """arguments: those of the command line, which a notebook may give: main(['--epochs', '5'])."""
+    # On Linux, a CPU is faster with large pages of memory. To be set before the first tensor.
     os.environ['THP_MEM_ALLOC_ENABLE'] = '1'
+    # cuDNN tries several algorithms for each convolution, and then uses the fastest.
+    torch.backends.cudnn.benchmark = True
     args = parse_arguments(arguments)
     if args.predict or args.dreams:
         use_run(args)
@@ -217,13 +217,13 @@ def main(arguments=None):
     rank, world_size = join_processes(device)
     if args.demo and rank == 0:
         make_demo()
-    # checkpoint: the state of a run that is continued, or None.
-    with open_run(args.out, args.resume) as (folder, checkpoint):
+    with open_run(args.out, args.resume, rank) as opened:
+        # checkpoint: the state of a run that is continued, or None.
+        folder, checkpoint = from_process_0(opened)
         if checkpoint is not None:
-            args = parse_arguments(arguments, defaults=checkpoint['options'])
-        if args.batch_size % world_size != 0:
-            raise UserError(f'{world_size} processes cannot share batches of {args.batch_size} '
-                            'images equally: choose a different --batch-size or --nproc-per-node')
+            args = parse_arguments(arguments, checkpoint['options'])
+        num_epoch = args.epochs
+        batch_size = share_of_batch(args.batch_size, world_size)
         dtype = pick_precision(device, args.no_amp)
         workers = pick_workers(args.workers, device)
         say(f'device {device_name(device)}, precision {str(dtype).removeprefix("torch.")}, '
@@ -232,24 +232,24 @@ def main(arguments=None):
 
         # The data (section 2.2)
         classes = find_classes(args.data_dir)
-        train_x, train_y = readfile(os.path.join(args.data_dir, 'training'), classes)
-        val_x, val_y = readfile(os.path.join(args.data_dir, 'validation'), classes)
-        val_files = list_images(os.path.join(args.data_dir, 'validation'))
-        photographs = f'{len(train_x)} training and {len(val_x)} validation photographs'
+        train_dir = os.path.join(args.data_dir, 'training')
+        val_dir = os.path.join(args.data_dir, 'validation')
+        train_x, train_y = readfile(train_dir, classes)
+        val_x, val_y = readfile(val_dir, classes)
+        # The names of the photographs in val_x, for mistakes.png.
+        val_files = list_images(val_dir)
         if not is_divided(args.data_dir):
             say(f'{args.data_dir} has no folder training: every fifth photograph is for validation')
-        # Each process has its own part of the images: with one process, that is all of them. The
-        # parts for training have the same size, as the processes make the same number of steps.
-        part = len(train_x) // world_size
-        train_set = ImgDataset(train_x[rank::world_size][:part], train_y[rank::world_size][:part],
-                               train_transform)
-        val_set = ImgDataset(val_x[rank::world_size], val_y[rank::world_size], test_transform)
+        train_set = ImgDataset(train_x, train_y, train_transform)
+        val_set = ImgDataset(val_x, val_y, test_transform)
         # Pinned memory is memory from which a CUDA GPU can copy faster. Workers that are persistent
         # are started once, and not in every epoch.
-        options = {'batch_size': args.batch_size // world_size, 'num_workers': workers,
-                   'pin_memory': device.type == 'cuda', 'persistent_workers': workers > 0}
-        train_loader = DataLoader(train_set, shuffle=True, **options)
-        val_loader = DataLoader(val_set, shuffle=False, **options)
+        loader_options = {'num_workers': workers, 'persistent_workers': workers > 0,
+                          'pin_memory': device.type == 'cuda'}
+        train_loader = DataLoader(own_part(train_set, same_size=True), batch_size=batch_size,
+                                  shuffle=True, **loader_options)
+        val_loader = DataLoader(own_part(val_set), batch_size=batch_size, shuffle=False,
+                                **loader_options)
 
         # The network (section 2.3)
         torch.manual_seed(args.seed)
@@ -259,6 +259,7 @@ def main(arguments=None):
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
 
         autocast, scaler = mixed_precision(device, dtype)
+        photographs = f'{len(train_x)} training and {len(val_x)} validation photographs'
         history, best_acc, best_model = [], -1, None
         if checkpoint is not None:
             restore(model, optimizer, scaler, checkpoint, folder / 'last.pt', classes)
@@ -268,25 +269,24 @@ def main(arguments=None):
             if photographs != checkpoint['photographs']:
                 say(f'the photographs have changed: {checkpoint["photographs"]} then, '
                     f'{photographs} now')
-        # With several processes, backward() of this one averages the gradients of all.
+        # The same network; with several processes, wrapped.
         parallel_model = parallel(model)
 
         # The training (section 2.4)
         saved_time = time.monotonic()
-        for epoch in range(len(history) + 1, args.epochs + 1):
+        for epoch in range(len(history) + 1, num_epoch + 1):
             start_time = time.perf_counter()
-            title = f'[{epoch:03d}/{args.epochs:03d}]'
-            # An epoch's random numbers depend on its number. So a resumed run on the CPU gets the
-            # same ones as one without interruption. (The loader's workers have their own.)
+            title = f'[{epoch:03d}/{num_epoch:03d}]'
+            # An epoch's random numbers depend on its number: so a resumed run gets the same ones as
+            # a run without interruption. (On a GPU it does not: the loader's workers have others.)
             torch.manual_seed(args.seed + 1_000_000 * epoch + rank)
             # A learning-rate schedule belongs here: optimizer.param_groups[0]['lr'] = ...
             # If it is computed from `epoch`, it is right in a resumed run as well.
 
             train_acc, train_loss = train_epoch(parallel_model, progress(train_loader, title),
                                                 loss, optimizer, autocast, scaler)
-            share_batch_norm(model)
             val_acc, val_loss = evaluate(model, progress(val_loader, f'{title} validation'),
-                                         autocast)
+                                         loss, autocast)
 
             seconds = time.perf_counter() - start_time
             if rank == 0:
@@ -294,28 +294,28 @@ def main(arguments=None):
                       f'Loss: {train_loss:.6f} | Val Acc: {val_acc:.6f} loss: {val_loss:.6f}',
                       flush=True)
             if not math.isfinite(train_loss + val_loss):
-                raise UserError('the loss is not a finite number: try a lower --lr, or --no-amp if '
-                                'the precision was not float32')
+                raise UserError('the loss is not a finite number: continue with --resume and a '
+                                'lower --lr, or with --no-amp if the precision was not float32')
             # A row of history.csv; more columns can be added.
             history.append({'epoch': epoch, 'seconds': seconds, 'train_acc': train_acc,
                             'train_loss': train_loss, 'val_acc': val_acc, 'val_loss': val_loss})
             if val_acc > best_acc:
                 best_acc, best_model = val_acc, copy.deepcopy(model.state_dict())
 
-            save_now = epoch == args.epochs or time.monotonic() - saved_time >= save_seconds
+            save_now = epoch == num_epoch or time.monotonic() - saved_time >= save_seconds
             if rank == 0 and save_now:
                 save_run(folder, {
                     'model': model.state_dict(), 'best_model': best_model,
                     'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
                     'history': history, 'photographs': photographs,
-                    'options': {name: getattr(args, name) for name in resumed_options},
+                    'options': {name: getattr(args, name) for name in saved_options},
                     'required': requirements(model, classes)})
                 saved_time = time.monotonic()
 
         # What the best epoch's weights have learned
         if rank == 0:
             model.load_state_dict(best_model)
-            probabilities = predict_probabilities(model, val_x, args.batch_size, autocast)
+            probabilities = predict_probabilities(model, val_x, batch_size, autocast)
             counts = count_predictions(val_y, probabilities)
             print_accuracies(counts, classes, 'with the best weights')
             write_figure(folder / 'confusion.png', draw_confusion(counts, classes))
@@ -334,8 +334,11 @@ def main(arguments=None):
 
 # ---- Command line ----------------------------------------------------------------------------
 
-def parse_arguments(arguments, defaults=()):
-    """Returns the options of the command line. defaults: those of a run that is continued."""
+def parse_arguments(arguments, saved=None):
+    """Returns the options of the command line; saved: those of the run that it continues.
+
+    An option that is not given has its saved value, or else the demo's, or else the book's.
+    """
     # --help begins with the text at the top of this file.
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -376,10 +379,15 @@ def parse_arguments(arguments, defaults=()):
     parser.add_argument('--checkpoint', default='best.pt', metavar='NAME',
                         help='the file in --out that --predict and --dreams use '
                         '(default: %(default)s)')
-    if parser.parse_args(arguments).demo:
-        parser.set_defaults(**demo_options)
-    parser.set_defaults(**dict(defaults))
     args = parser.parse_args(arguments)
+    if args.demo:
+        parser.set_defaults(**demo_options)
+    if saved is not None:
+        parser.set_defaults(**saved)
+    # Once more, now that the defaults are known.
+    args = parser.parse_args(arguments)
+    if args.demo:
+        args.data_dir = demo_dir
     if args.out is None and (args.resume or args.predict or args.dreams):
         parser.error('--resume, --predict and --dreams need the folder of a run: --out DIR')
     # The run may be continued from a different current folder.
@@ -421,8 +429,6 @@ def pick_device(name):
         raise UserError(f'PyTorch {torch.__version__} cannot use the device {name} here: '
                         f'{lines[0]}; see "Troubleshooting" in README.md. --device cpu always works'
                         ) from None
-    # cuDNN tries several algorithms for each convolution, and then uses the fastest.
-    torch.backends.cudnn.benchmark = True
     return device
 
 
@@ -444,7 +450,7 @@ def pick_precision(device, no_amp):
         # 8: Ampere (A100, RTX 30) and newer; 7: Volta and Turing (V100, T4, RTX 20).
         if generation >= 8:
             return torch.bfloat16
-        # The GTX 16 is a Turing that computes 16 bits no faster, and sometimes wrong.
+        # The GTX 16 is a Turing that sometimes computes wrong numbers with 16 bits.
         if generation == 7 and 'GTX 16' not in torch.cuda.get_device_name(device):
             return torch.float16
     if device.type == 'cpu':
@@ -495,14 +501,45 @@ def join_processes(device):
     return distributed.get_rank(), distributed.get_world_size()
 
 
+def from_process_0(values):
+    """Returns in every process the values that process 0 has, for which the others wait."""
+    values = list(values)
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(values)
+    return values
+
+
 def say(message):
     """Prints a message on stderr. If there are several processes, process 0 does."""
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         print(message, file=sys.stderr)
 
 
+def share_of_batch(batch_size, world_size):
+    """How many images of a batch each process has. Raises UserError if the shares are unequal."""
+    if batch_size % world_size != 0:
+        raise UserError(f'{world_size} processes cannot share batches of {batch_size} images '
+                        'equally: choose a different --batch-size or --nproc-per-node')
+    return batch_size // world_size
+
+
+def own_part(dataset, same_size=False):
+    """The part of a dataset that this process trains or evaluates on; with one process, all of it.
+
+    same_size: whether all parts must have the same size, so that all processes take the same
+    number of training steps. Then some images at the end are left out, fewer than processes.
+    """
+    if not distributed.is_initialized():
+        return dataset
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    end = len(dataset)
+    if same_size:
+        end -= end % world_size
+    return Subset(dataset, range(rank, end, world_size))
+
+
 def parallel(model):
-    """The network as several processes train it; with one process, the network itself."""
+    """The network for training. With several processes, backward() averages their gradients."""
     if not distributed.is_initialized():
         return model
     if distributed.get_backend() == 'nccl':
@@ -530,42 +567,28 @@ def progress(batches, title):
 # ---- The run's folder ------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def open_run(out, resume):
+def open_run(out, resume, rank):
     """Opens the folder of a run for a with-block. out, resume: what --out and --resume say.
 
-    Yields the folder, and the checkpoint to continue from, or None. If the block ends early, says
-    how to continue. Raises UserError if the folder cannot be used.
+    Yields the folder, and the checkpoint to continue from, or None. If the block is interrupted,
+    says how to continue. Only process 0 does this. Raises UserError if the folder cannot be used.
     """
-    if distributed.is_initialized() and distributed.get_rank() > 0:
-        # Process 0 opens the folder, perhaps on another machine. The others hear from it.
-        opened = [None, None]
-        distributed.broadcast_object_list(opened)
-        yield opened
+    if rank > 0:
+        yield None, None
         return
-
-    folder, checkpoint = make_folder(out), None
+    folder = make_folder(out)
     with locked(folder):
-        files = os.listdir(folder)
-        if files and not resume:
-            raise UserError(f'{folder} already holds files: continue the run in it with --resume, '
-                            'or choose a different --out')
-        if 'last.pt' in files:
-            checkpoint = load_checkpoint(folder / 'last.pt', 'options')
-            # If the run was killed while it saved, these are older than last.pt.
-            write_results(folder, checkpoint)
-        elif 'best.pt' in files:
-            raise UserError(f'{folder} holds a run, but its last.pt is missing, so it cannot be '
-                            'continued: choose a different --out')
-        if distributed.is_initialized():
-            distributed.broadcast_object_list([folder, checkpoint])
+        checkpoint = find_checkpoint(folder, resume)
         # SIGTERM, with which systems end a program, does what Ctrl-C does.
         handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             yield folder, checkpoint
+        except UserError:
+            # The message says what to do.
+            raise
         except BaseException as error:
-            # Whatever it was, Ctrl-C too, what is saved is saved.
-            if (folder / 'last.pt').exists():
-                print(how_to_continue(folder), file=sys.stderr)
+            # Ctrl-C, a full GPU, or an error in the script.
+            print(how_to_continue(folder), file=sys.stderr)
             if isinstance(error, torch.OutOfMemoryError):
                 raise UserError('the GPU has too little memory, a smaller --batch-size needs less: '
                                 f'{str(error).splitlines()[0]}') from None
@@ -578,28 +601,45 @@ def open_run(out, resume):
 
 
 def make_folder(out):
-    """Makes the folder `out`, or, if that is None, the first of runs/001, runs/002, ... that does
-    not exist. Returns it as a Path."""
+    """Makes the folder `out`, or, if that is None, the next of runs/001, runs/002, ..."""
     try:
-        folder = Path(out or 'runs')
-        folder.mkdir(parents=True, exist_ok=True)
-        if out is None:
-            folder = make_next_folder(folder)
+        Path(out or 'runs').mkdir(parents=True, exist_ok=True)
+        if out is not None:
+            return Path(out)
+        for number in itertools.count(1):
+            # If it exists, it belongs to another run, perhaps to one that has just begun.
+            with contextlib.suppress(FileExistsError):
+                folder = Path('runs', f'{number:03d}')
+                folder.mkdir()
+                return folder
     except OSError as error:
         raise UserError(f'cannot make the folder {error.filename}: {error.strerror}; --out names '
                         'another place') from None
+
+
+def find_checkpoint(folder, resume):
+    """Returns the checkpoint in the folder of a run; None if it is a new run.
+
+    Raises UserError if the run would replace files of another one.
+    """
+    files = os.listdir(folder)
     if not os.access(folder, os.W_OK):
         raise UserError(f'cannot write into the folder {folder}: --out names another place')
-    return folder
-
-
-def make_next_folder(runs):
-    """Makes and returns the first of runs/001, runs/002, ... that does not exist."""
-    for number in itertools.count(1):
-        with contextlib.suppress(FileExistsError):
-            folder = runs / f'{number:03d}'
-            folder.mkdir()
-            return folder
+    if files and not resume:
+        raise UserError(f'{folder} already holds files: continue the run in it with --resume, or '
+                        'choose a different --out')
+    if 'last.pt' not in files:
+        if 'best.pt' in files:
+            raise UserError(f'{folder} holds a run, but its last.pt is missing, so it cannot be '
+                            'continued: choose a different --out')
+        return None
+    checkpoint = load_checkpoint(folder / 'last.pt')
+    if 'optimizer' not in checkpoint:
+        raise UserError(f'{folder / "last.pt"} is incompatible: it holds only weights, as best.pt '
+                        'does; start a new run in a different folder')
+    # If the run was killed while it saved, these are older than last.pt.
+    write_results(folder, checkpoint)
+    return checkpoint
 
 
 @contextlib.contextmanager
@@ -625,7 +665,7 @@ def locked(folder):
 
 def save_run(folder, checkpoint):
     """Writes last.pt, which holds all that is needed to continue, and the other files."""
-    # load_checkpoint accepts Python's numbers only, and a column may hold NumPy's or PyTorch's.
+    # Makes numbers of Python of those of NumPy, which load_checkpoint would refuse.
     checkpoint['history'] = json.loads(json.dumps(checkpoint['history'], default=float))
     write_checkpoint(folder / 'last.pt', checkpoint)
     write_results(folder, checkpoint)
@@ -652,6 +692,8 @@ def write_results(folder, checkpoint):
 
 def how_to_continue(folder):
     """What is saved in the folder of a run, and which command continues the run."""
+    if not (folder / 'last.pt').exists():
+        return 'nothing is saved yet: give the same command again'
     # mmap: does not read the weights.
     checkpoint = torch.load(folder / 'last.pt', weights_only=True, map_location='cpu', mmap=True)
     return (f'{folder} holds the state after epoch {len(checkpoint["history"])}; continue with '
@@ -673,18 +715,25 @@ def write(path, content):
             # The content must be on the disk before the old file goes: the power may fail.
             file.flush()
             os.fsync(file.fileno())
-        for _ in range(20):
-            try:
-                os.replace(temporary, path)
-                return
-            except PermissionError:
-                time.sleep(0.1)
-        print(f'{path} is in use by another program and was left as it was', file=sys.stderr)
+        replace_patiently(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f'cannot write {path}: {error.strerror}; what was saved before is intact'
                         ) from None
+
+
+def replace_patiently(temporary, path):
+    """Puts the temporary file in the place of `path`. While another program holds that open, on
+    Windows, tries again for two seconds; then the run goes on without."""
+    for _ in range(20):
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:
+            time.sleep(0.1)
+    temporary.unlink()
+    print(f'{path} is in use by another program and was left as it was', file=sys.stderr)
 
 
 def write_text(path, text):
@@ -708,12 +757,12 @@ def write_checkpoint(path, checkpoint):
     write(path, content.getbuffer())
 
 
-def load_checkpoint(path, key):
+def load_checkpoint(path):
     """Reads a checkpoint into the CPU's memory. Program code in it is not executed.
 
-    Raises UserError if it is missing, corrupt, or not one of this script, as it lacks `key`.
+    Raises UserError if it is missing, corrupt, or not a checkpoint of this script.
     """
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         raise UserError(f'there is no {path}: is {os.path.dirname(path)} the folder of a run that '
                         'has saved a checkpoint?')
     try:
@@ -723,12 +772,12 @@ def load_checkpoint(path, key):
                 raise zipfile.BadZipFile
             file.seek(0)
             checkpoint = torch.load(file, weights_only=True, map_location='cpu')
-    except (zipfile.BadZipFile, pickle.UnpicklingError, struct.error, RuntimeError, ValueError,
-            LookupError, EOFError, OSError) as error:
-        # These are what zipfile and torch.load raise when bits of a file are wrong.
+    except (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, RuntimeError,
+            ValueError, LookupError, EOFError, OSError) as error:
+        # zipfile and torch.load raise any of these if a bit of the file is wrong.
         raise UserError(f'{path} is corrupt, or not a checkpoint ({type(error).__name__}): replace '
                         'it by a copy, or start a new run in a different folder') from None
-    if not isinstance(checkpoint, dict) or key not in checkpoint:
+    if not isinstance(checkpoint, dict) or 'required' not in checkpoint:
         raise UserError(f'{path} is incompatible: not a checkpoint of this version of the script; '
                         'start a new run in a different folder')
     return checkpoint
@@ -773,7 +822,7 @@ def restore(model, optimizer, scaler, checkpoint, path, classes):
     state_dict = optimizer.state_dict()
     state_dict['state'] = checkpoint['optimizer']['state']
     optimizer.load_state_dict(state_dict)
-    # Empty if the checkpoint was written on a device without float16.
+    # Empty if the run has not computed with float16.
     if checkpoint['scaler']:
         scaler.load_state_dict(checkpoint['scaler'])
 
@@ -781,7 +830,7 @@ def restore(model, optimizer, scaler, checkpoint, path, classes):
 def load_model(path, device):
     """Returns the network with the weights of a checkpoint, on the device, and the names of its
     classes. Raises UserError if the file is missing or corrupt, or does not fit the script."""
-    checkpoint = load_checkpoint(path, 'required')
+    checkpoint = load_checkpoint(path)
     classes = checkpoint['required']['classes']
     model = make_model(len(classes), device)
     load_weights(model, checkpoint, path, classes)
@@ -953,7 +1002,7 @@ def predict(paths, model, classes, csv_file, batch_size, autocast):
         if path.is_dir():
             image_files = list_images(path)
         images = list(read_images(image_files))
-        bad_files += [f'{file}: not an image that OpenCV can read'
+        bad_files += [f'{file}: cannot be read as an image'
                       for file, img in zip(image_files, images) if img is None]
         readable = [file for file, img in zip(image_files, images) if img is not None]
         images = [img for img in images if img is not None]
@@ -961,7 +1010,8 @@ def predict(paths, model, classes, csv_file, batch_size, autocast):
             continue
         probabilities = predict_probabilities(model, np.stack(images), batch_size, autocast)
         if path.is_dir():
-            print(f'{path}: {len(images)} of {len(image_files)} photographs predicted')
+            print(f'{path}: {len(images)} of {len(image_files)} photographs predicted, in '
+                  f'{csv_file}')
             print_test_accuracies(path, readable, probabilities, classes)
             write_predictions(csv_file, path, readable, probabilities)
         else:
@@ -977,10 +1027,11 @@ def find_paths(paths):
     or more folders than one."""
     found = []
     for path in paths:
-        # Linux and macOS replace *.jpg by the names of the files, Windows does not.
-        names = sorted(glob.glob(path))
         if os.path.exists(path):
             names = [path]
+        else:
+            # Linux and macOS replace *.jpg by the names of the files, Windows does not.
+            names = sorted(glob.glob(path))
         if not names:
             raise UserError(f'there is no file or folder {path}')
         found += map(Path, names)
@@ -1012,13 +1063,11 @@ def write_predictions(csv_file, folder, image_files, probabilities):
     table = csv.writer(text, lineterminator='\n')
     table.writerow(['Id', 'Category'])
     for file, label in zip(image_files, probabilities.argmax(1)):
-        name = file.relative_to(folder)
-        if name.stem.isdecimal() and name == Path(file.name):
-            table.writerow([int(name.stem), label])
+        if file.stem.isdecimal() and file.parent == folder:
+            table.writerow([int(file.stem), label])
         else:
-            table.writerow([name.as_posix(), label])
+            table.writerow([file.relative_to(folder).as_posix(), label])
     write_text(csv_file, text.getvalue())
-    print(f'predictions written to {csv_file}')
 
 
 # ---- Dreams (section 1.2) --------------------------------------------------------------------
@@ -1032,8 +1081,7 @@ def dream(model, class_count, steps=100):
     c = 0 gives formula 1.2.1.
     Returns the images, float (11, 128, 128, 3), BGR in 0..1, and their probabilities y_i (11,).
 
-    The images are what the network takes as input, after test_transform. If that ends with
-    Normalize, the images are normalized too: their colours are not those of photographs.
+    With Normalize at the end of test_transform, other colours would be right than those in 0..1.
     """
     # The numbers in this function were chosen by eye. The book's c is 1, but then the sum of
     # 49,152 numbers would count more than a probability, and the images would be black.

@@ -648,19 +648,17 @@ def locked(folder):
     # The lock is a file in the system's folder for temporary files, because network drives such as
     # Google Drive have no reliable locks.
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    lock = FileLock(os.path.join(tempfile.gettempdir(), f'food-11-{name}.lock'))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f'{folder} is in use by another run: wait until that has ended, or choose '
-                        'a different --out') from None
-    except (OSError, NotImplementedError):
-        # No lock is possible here either. It is not worth giving up a night's training.
-        pass
-    try:
+    with contextlib.ExitStack() as until_the_end:
+        try:
+            lock = FileLock(os.path.join(tempfile.gettempdir(), f'food-11-{name}.lock'))
+            until_the_end.enter_context(lock.acquire(timeout=0))
+        except Timeout:
+            raise UserError(f'{folder} is in use by another run: wait until that has ended, or '
+                            'choose a different --out') from None
+        except (OSError, NotImplementedError):
+            # No lock is possible here either. It is not worth giving up a night's training.
+            pass
         yield
-    finally:
-        lock.release()
 
 
 def save_run(folder, checkpoint):
@@ -717,10 +715,12 @@ def write(path, content):
             os.fsync(file.fileno())
         replace_patiently(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UserError(f'cannot write {path}: {error.strerror}; what was saved before is intact'
                         ) from None
+    finally:
+        # If all went well, it is not there any more.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def replace_patiently(temporary, path):
@@ -732,7 +732,6 @@ def replace_patiently(temporary, path):
             return
         except PermissionError:
             time.sleep(0.1)
-    temporary.unlink()
     print(f'{path} is in use by another program and was left as it was', file=sys.stderr)
 
 

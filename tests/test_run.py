@@ -84,24 +84,27 @@ def print_growth():
 atexit.register(print_growth)
 '''
 
-# What torchrun does, with processes that are forked. The first time, process 1 dies as soon as
-# process 0 has saved an epoch.
-TORCHRUN = '''
-import threading, time
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+# Starts a script in which process 1 dies as soon as process 0 has saved an epoch, but only once.
+DYING = '''
+import os, runpy, sys, threading, time
 def die_when_saved():
     while not os.path.exists('two/curves.png'):
         time.sleep(0.01)
     open('died', 'w').close()
     os.kill(os.getpid(), 9)
-def start():
-    if os.environ['RANK'] == '1' and not os.path.exists('died'):
-        threading.Thread(target=die_when_saved, daemon=True).start()
-    chapter2_1_data.run_script(chapter2_2_train.main)
-elastic_launch(LaunchConfig(1, 1, 2, start_method='fork', rdzv_backend='c10d', max_restarts=0,
-                            rdzv_endpoint='localhost:0', run_id='test'), start)()
-sys.exit()
+if os.environ['RANK'] == '1' and not os.path.exists('died'):
+    threading.Thread(target=die_when_saved, daemon=True).start()
+sys.argv.pop(0)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name='__main__')
 '''
+
+
+def torchrun(folder, *command):
+    """Starts two processes that train together."""
+    return subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+         *map(str, command)], cwd=folder, capture_output=True, encoding='utf-8', timeout=120)
 
 
 @pytest.fixture(scope='module')
@@ -559,18 +562,19 @@ def test_the_cpu_takes_large_pages(forked, few):
 
 
 @LINUX
-def test_two_processes_of_which_one_dies_are_started_again(small, forked, few, tmp_path):
+def test_two_processes_of_which_one_dies_are_started_again(small, few, tmp_path):
     """The validation images are 9: the processes do not have equally many."""
     shutil.copytree(few, tmp_path / 'odd')
     (tmp_path / 'odd' / 'validation' / '0_0.jpg').unlink()
-    arguments = ('--data-dir', 'odd', '--epochs', 4, '--batch-size', 4, '--device', 'cpu',
-                 '--out', 'two', '--resume', '--no-amp')
-    done = forked(TORCHRUN, *arguments)
+    (tmp_path / 'dying.py').write_text(DYING)
+    command = ('dying.py', small.folder / 'chapter2_2_train.py', '--data-dir', 'odd', '--epochs',
+               4, '--batch-size', 4, '--device', 'cpu', '--out', 'two', '--resume', '--no-amp')
+    done = torchrun(tmp_path, *command)
     assert done.returncode != 0 and (tmp_path / 'died').exists()
-    assert 'two holds the state after epoch' in done.output and '[004/004]' not in done.output
-    done = forked(TORCHRUN, *arguments)
-    assert done.returncode == 0, done.output
-    assert 'resumed from epoch' in done.output and done.output.count('[004/004]') == 1
+    assert 'two holds the state after epoch' in done.stderr and '[004/004]' not in done.stdout
+    done = torchrun(tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    assert 'resumed from epoch' in done.stderr and done.stdout.count('[004/004]') == 1
     last = checkpoint(tmp_path / 'two')
     assert [row['epoch'] for row in last['history']] == [1, 2, 3, 4]
     # Each validation image has counted once, and the batch norm is that of process 0.
@@ -593,10 +597,7 @@ def test_two_processes_train_the_demo_as_one_does(edited, tmp_path):
     """11 validation images, so that one process has 6 and the other 5."""
     linear = edited({}, base=LINEAR)
     options = ('--demo', '--batch-size', 22, '--epochs', 3, '--no-amp', '--device', 'cpu')
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-         linear.folder / 'chapter2_2_train.py', *map(str, options), '--out', 'two'],
-        cwd=tmp_path, capture_output=True, encoding='utf-8', timeout=120)
+    done = torchrun(tmp_path, linear.folder / 'chapter2_2_train.py', *options, '--out', 'two')
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('[003/003]') == 1 and 'processes 2' in done.stderr
     one = linear.call(*options, '--out', 'one')

@@ -72,7 +72,8 @@ def read_images(image_files):
 
     A warning on stderr names those that are cut off, or ten of them.
     """
-    # OpenCV's own messages do not say which file they are about. OpenCV 4 has setLogLevel in cv2.
+    # Silences OpenCV's own messages, which do not say which file they are about. setLogLevel is in
+    # cv2.utils.logging (OpenCV 5) or in cv2 (OpenCV 4).
     getattr(cv2.utils, 'logging', cv2).setLogLevel(0)
     # Threads are enough, as OpenCV lets other threads run while it decodes. imap keeps the order.
     with ThreadPool() as threads:
@@ -118,6 +119,7 @@ def list_images(path):
     food-11/validation stand for parts of those in food-11. Raises UserError if there are none.
     """
     path = Path(path)
+    # There is no food-11/training: then it stands for four fifths of what is in food-11.
     is_part = path.name in ('training', 'validation')
     if is_part and not path.is_dir() and not is_divided(path.parent):
         return every_fifth(list_images(path.parent), path.name)
@@ -199,7 +201,8 @@ def find_classes(folder):
     """The names of the classes of the photographs in a data folder such as ./food-11.
 
     If the photographs are in folders, these are the sorted names of the folders, as in
-    torchvision's ImageFolder; otherwise CLASSES. Raises UserError if it is not a data folder.
+    torchvision's ImageFolder; if they lie in training itself, they are CLASSES. Raises UserError if
+    it is not a data folder.
     """
     train_dir = Path(folder)
     if is_divided(folder):
@@ -222,7 +225,7 @@ def refuse_wrong_folder(folder, names):
         return
     # Too high up: training, or the only folder with photographs, is further down.
     meant = [training.parent for training in (*here.glob('*/training'), *here.glob('*/*/training'))]
-    if len(names) == 1:
+    if len(names) == 1 and any(path.is_dir() for path in (here / min(names)).iterdir()):
         meant.append(here / min(names))
     # Too deep: food-11/training, or food-11/training/Egg.
     if here.name in ('training', 'validation'):
@@ -232,9 +235,9 @@ def refuse_wrong_folder(folder, names):
     if meant:
         raise UserError(f'{here} does not hold the folders training and validation, nor a folder '
                         f'for each class: did you mean --data-dir "{meant[0]}"?')
-    if not names or {'train', 'training', 'validation'} & {name.lower() for name in names}:
+    if len(names) < 2 or {'train', 'training', 'validation'} & {name.lower() for name in names}:
         raise UserError(f'{here} should hold two folders called training and validation, or a '
-                        'folder for each class: see food-11/README.md')
+                        'folder for each of at least two classes: see food-11/README.md')
 
 
 # ---- Dataset and transforms ------------------------------------------------------------------

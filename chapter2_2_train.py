@@ -55,6 +55,7 @@ learning_rate = 0.001
 demo_options = {'epochs': 5, 'batch_size': 16, 'lr': 0.0001}
 
 # These are saved with a run. If it is resumed, they hold unless the command line has others.
+# (There is no option against a saved --no-amp.)
 saved_options = ('data_dir', 'epochs', 'batch_size', 'lr', 'seed', 'no_amp')
 
 # How often a run is saved, in seconds, if an epoch does not take longer.
@@ -160,6 +161,7 @@ def train_epoch(model, train_loader, loss, optimizer, autocast, scaler):
 def evaluate(model, val_loader, loss, autocast):
     """Returns the accuracy and the mean loss per image on the validation images (section 2.4)."""
     device = next(model.parameters()).device
+    # With one process, this does nothing.
     share_batch_norm(model)
     model.eval()
     correct = torch.zeros((), device=device)
@@ -218,11 +220,13 @@ def main(arguments=None):
     if args.demo and rank == 0:
         make_demo()
     with open_run(args.out, args.resume, rank) as opened:
-        # checkpoint: the state of a run that is continued, or None.
+        # checkpoint: the state of a run that is continued, or None. (Process 0 tells the others.)
         folder, checkpoint = from_process_0(opened)
         if checkpoint is not None:
+            # The options that the run was started with, unless the command line has others.
             args = parse_arguments(arguments, checkpoint['options'])
         num_epoch = args.epochs
+        # With several processes, the share of this one.
         batch_size = share_of_batch(args.batch_size, world_size)
         dtype = pick_precision(device, args.no_amp)
         workers = pick_workers(args.workers, device)
@@ -294,8 +298,9 @@ def main(arguments=None):
                       f'Loss: {train_loss:.6f} | Val Acc: {val_acc:.6f} loss: {val_loss:.6f}',
                       flush=True)
             if not math.isfinite(train_loss + val_loss):
-                raise UserError('the loss is not a finite number: continue with --resume and a '
-                                'lower --lr, or with --no-amp if the precision was not float32')
+                raise UserError('the loss is not a finite number: give a lower --lr, or --no-amp '
+                                'if the precision was not float32, to a new run or to this one: '
+                                f'--out "{folder}" --resume')
             # A row of history.csv; more columns can be added.
             history.append({'epoch': epoch, 'seconds': seconds, 'train_acc': train_acc,
                             'train_loss': train_loss, 'val_acc': val_acc, 'val_loss': val_loss})
@@ -309,6 +314,7 @@ def main(arguments=None):
                     'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
                     'history': history, 'photographs': photographs,
                     'options': {name: getattr(args, name) for name in saved_options},
+                    # What must be the same when the weights are used again:
                     'required': requirements(model, classes)})
                 saved_time = time.monotonic()
 
@@ -691,7 +697,7 @@ def write_results(folder, checkpoint):
 def how_to_continue(folder):
     """What is saved in the folder of a run, and which command continues the run."""
     if not (folder / 'last.pt').exists():
-        return 'nothing is saved yet: give the same command again'
+        return 'nothing is saved yet'
     # mmap: does not read the weights.
     checkpoint = torch.load(folder / 'last.pt', weights_only=True, map_location='cpu', mmap=True)
     return (f'{folder} holds the state after epoch {len(checkpoint["history"])}; continue with '
@@ -1000,7 +1006,7 @@ def predict(paths, model, classes, csv_file, batch_size, autocast):
         image_files = [path]
         if path.is_dir():
             image_files = list_images(path)
-        images = list(read_images(image_files))
+        images = read_images(image_files)
         bad_files += [f'{file}: cannot be read as an image'
                       for file, img in zip(image_files, images) if img is None]
         readable = [file for file, img in zip(image_files, images) if img is not None]

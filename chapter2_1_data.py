@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections import defaultdict
+from importlib.util import find_spec
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -142,6 +143,9 @@ def is_divided(folder):
 
 def every_fifth(image_files, part):
     """Divides photographs: every fifth is for 'validation', the others are for 'training'."""
+    if len(image_files) < 5:
+        raise UserError(f'{len(image_files)} photographs are too few to divide, for example '
+                        f'{image_files[0]}: at least 5 are needed')
     if part == 'validation':
         return image_files[4::5]
     return [file for i, file in enumerate(image_files) if i % 5 != 4]
@@ -351,9 +355,13 @@ def prepare_matplotlib():
     at the top of the scripts, as its import fails if the backend is missing."""
     # The backend is what shows pictures. A script that a notebook has started with ! inherits the
     # notebook's, a module that may be missing where the script runs.
-    if os.environ.get('MPLBACKEND', '').startswith('module://'):
+    backend = os.environ.get('MPLBACKEND', '')
+    module = backend.removeprefix('module://').split('.')[0]
+    if backend == 'inline' or (backend.startswith('module://') and not find_spec(module)):
         del os.environ['MPLBACKEND']
     from matplotlib import font_manager, rcParams
+    # A $ in the name of a class or a file is a $, and does not begin a formula.
+    rcParams['text.parse_math'] = False
     # For Chinese names of classes and files: those of these fonts that are installed.
     installed = {font.name for font in font_manager.fontManager.ttflist}
     fonts = ['Microsoft YaHei', 'SimHei', 'PingFang SC', 'Arial Unicode MS', 'Noto Sans CJK SC',

@@ -340,6 +340,24 @@ def test_a_single_class_is_refused(tmp_path):
     assert problem(data.find_classes, folder).endswith('has only one class for training: a')
 
 
+def test_too_few_photographs_to_divide_are_refused(small, tmp_path):
+    write_all(tmp_path / 'mine', 'a/1.jpg', 'a/2.jpg', 'b/1.jpg', 'b/2.jpg')
+    for main in (small.data.main, small.train.main):
+        done = small.call('--data-dir', 'mine', main=main)
+        assert done.returncode == 1
+        assert 'error: 4 photographs are too few to divide' in done.stderr.splitlines()[-1]
+
+
+def test_names_that_look_like_formulas(small, tmp_path):
+    write_all(tmp_path / 'mine', 'training/a$_$b/1.jpg', 'training/c/1.jpg',
+              'validation/a$_$b/x$_$1.jpg', 'validation/c/x$_$2.jpg')
+    done = small.call('--data-dir', 'mine', main=small.data.main)
+    assert done.returncode == 0, done.stderr
+    done = small.call('--data-dir', 'mine', '--epochs', 1, '--device', 'cpu', '--out', 'run')
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'run' / 'mistakes.png').exists()
+
+
 def test_more_classes_than_a_byte_can_count(small, tmp_path):
     picture = Image.new('RGB', (8, 8))
     for i in range(300):

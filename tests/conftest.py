@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ('chapter2_1_data', 'chapter2_2_train')
 
 os.environ['MPLBACKEND'] = 'Agg'  # the tests open no window
+# A shell that starts the tests in the background has them ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ['OMP_NUM_THREADS'] = '1'  # more threads only wait for each other in small networks
 
 # The scripts with a small network, small images, few mistakes to draw, and a checkpoint after every

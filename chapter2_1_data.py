@@ -88,8 +88,8 @@ def read_images(image_files):
             if images[i] is not None:
                 cut_off.append(str(file))
     if cut_off:
-        print('warning: cut off, so that a part of the picture may be grey: '
-              f'{", ".join(cut_off[:10])} (files in all: {len(cut_off)})', file=sys.stderr)
+        print(f'warning: cut off, so that a part of the picture may be grey: {len(cut_off)} of '
+              f'{len(image_files)} photographs, {", ".join(cut_off[:10])}', file=sys.stderr)
     return images
 
 
@@ -187,7 +187,7 @@ def label_of(file, path, classes):
 
 def is_food11(classes):
     """Whether these are CLASSES, or Kaggle's folders of them: Noodles-Pasta, Vegetable-Fruit."""
-    return [name.replace('-', '/') for name in classes] == CLASSES
+    return classes in (CLASSES, [name.replace('/', '-') for name in CLASSES])
 
 
 def bad_files_message(bad_files):
@@ -375,7 +375,8 @@ def print_counts(train_y, val_y, classes):
     for label, name in enumerate(classes):
         print(f'{label:>3} {name:<20} {(train_y == label).sum():>8} {(val_y == label).sum():>10}')
     print(f'{"total":<24} {len(train_y):>8} {len(val_y):>10}')
-    if is_food11(classes) and (len(train_y), len(val_y)) != (9866, 3430):
+    # CLASSES may have been edited for other photographs.
+    if is_food11(classes) and 'Bread' in classes and (len(train_y), len(val_y)) != (9866, 3430):
         print('the complete food-11 has 9866 training and 3430 validation photographs')
 
 

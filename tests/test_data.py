@@ -140,7 +140,7 @@ def test_jpegs_that_are_cut_off_are_named_in_one_warning(tmp_path, capsys):
     cut_off(write(tmp_path / '3_0.jpg', progressive=True), whole.stat().st_size // 2)
     assert data.readfile(tmp_path)[1].tolist() == [0, 1, 2, 3]
     warning, = capsys.readouterr().err.splitlines()
-    assert warning.startswith('warning: cut off') and '(files in all: 3)' in warning
+    assert warning.startswith('warning: cut off') and '3 of 4 photographs' in warning
     for label in (1, 2, 3):
         assert str(tmp_path / f'{label}_0.jpg') in warning
     assert str(whole) not in warning
@@ -338,6 +338,17 @@ def test_folders_that_do_not_make_two_classes(tmp_path, folders):
 def test_a_single_class_is_refused(tmp_path):
     folder = write_all(tmp_path / 'mine', 'training/a/1.jpg', 'validation/a/1.jpg')
     assert problem(data.find_classes, folder).endswith('has only one class for training: a')
+
+
+def test_labels_in_names_are_positions_in_an_edited_list(edited, tmp_path):
+    names = ",\n           ".join([", ".join(map(repr, data.CLASSES[:6])),
+                                   ", ".join(map(repr, data.CLASSES[6:]))])
+    mine = edited({f'CLASSES = [{names}]': "CLASSES = ['T-shirt', '米饭/面条']"})
+    write_all(tmp_path / 'mine', *[f'{part}/{label}_1.jpg' for part in ('training', 'validation')
+                                   for label in (0, 1)])
+    done = mine.call('--data-dir', 'mine', main=mine.data.main)
+    assert done.returncode == 0, done.stderr
+    assert '0 T-shirt' in done.stdout and 'food-11' not in done.stdout
 
 
 def test_too_few_photographs_to_divide_are_refused(small, tmp_path):

@@ -3,6 +3,7 @@
     python chapter2_2_train.py                       the book's run: 100 epochs on ./food-11
     python chapter2_2_train.py --data-dir my-photos  your own, in a folder for each class
     python chapter2_2_train.py --demo                needs no photographs: learns drawn dishes
+    python chapter2_2_train.py --recipe better       trains the network better than the book
     torchrun --nproc-per-node 2 chapter2_2_train.py  two GPUs train together
 
 Each run has a folder for its checkpoints, history and pictures: runs/001, runs/002, ... or --out.
@@ -11,6 +12,7 @@ Each run has a folder for its checkpoints, history and pictures: runs/001, runs/
     python chapter2_2_train.py --out runs/001 --predict dinner.jpg  names the class of a photograph
     python chapter2_2_train.py --out runs/001 --dreams              what the classes look like to it
                                                                     (section 1.2)
+    python chapter2_2_train.py --out runs/001 --features dinner.jpg what its blocks see in it
 """
 import argparse
 import contextlib
@@ -44,9 +46,10 @@ from torchvision.transforms.functional import convert_image_dtype
 from tqdm import tqdm
 
 from chapter2_1_data import (ImgDataset, UserError, add_data_arguments, bad_files_message,
-                             batch_size, demo_dir, find_classes, image_size, is_divided, label_of,
-                             list_images, make_demo, prepare_matplotlib, read_images, readfile,
-                             run_script, test_transform, train_transform)
+                             batch_size, better_transform, demo_dir, find_classes, image_size,
+                             is_divided, label_of, list_images, make_demo, prepare_matplotlib,
+                             read_images, readfile, run_script, test_transform,
+                             train_transform)
 
 num_epoch = 100
 learning_rate = 0.001
@@ -56,7 +59,7 @@ demo_options = {'epochs': 5, 'batch_size': 16, 'lr': 0.0001}
 
 # These are saved with a run. If it is resumed, they hold unless the command line has others.
 # (There is no option against a saved --no-amp.)
-saved_options = ('data_dir', 'epochs', 'batch_size', 'lr', 'seed', 'no_amp')
+saved_options = ('data_dir', 'recipe', 'epochs', 'batch_size', 'lr', 'seed', 'no_amp')
 
 # How often a run is saved, in seconds, if an epoch does not take longer.
 save_seconds = 60
@@ -200,6 +203,34 @@ def accuracy_and_loss(correct, loss_sum, image_count):
     return total_correct / total_images, total_loss / total_images
 
 
+# ---- A better recipe -------------------------------------------------------------------------
+#
+# Not in the book: with --recipe better, the same network is trained on images of better_transform
+# (chapter2_1_data.py), in smaller batches, and with what is in this section. After the book's
+# recipe, it knows the training photographs by heart, and only half of the others.
+
+better_options = {'batch_size': 64}
+
+
+def better_recipe(model, lr):
+    """Returns the loss and the optimizer for training."""
+    # Label smoothing: the network is to give the right class a probability of 0.9, not of 1, so
+    # that it does not go on enlarging its weights when it is right.
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+    # AdamW is Adam that also makes each weight a little smaller in each step.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, fused=True)
+    return loss, optimizer
+
+
+def better_learning_rate(highest, epoch, num_epoch):
+    """The learning rate of an epoch, which depends on nothing but its number: it rises for a fifth
+    of the epochs, and then falls to zero along a cosine."""
+    done = (epoch - 0.5) / num_epoch  # in the middle of the epoch
+    if done < 0.2:
+        return highest * done / 0.2
+    return highest * (1 + math.cos(math.pi * (done - 0.2) / 0.8)) / 2
+
+
 # ---- The script ------------------------------------------------------------------------------
 
 def main(arguments=None):
@@ -209,7 +240,7 @@ def main(arguments=None):
     # cuDNN tries several algorithms for each convolution, and then uses the fastest.
     torch.backends.cudnn.benchmark = True
     args = parse_arguments(arguments)
-    if args.predict or args.dreams:
+    if args.predict or args.dreams or args.features:
         use_run(args)
         return
 
@@ -261,6 +292,13 @@ def main(arguments=None):
         loss = nn.CrossEntropyLoss().to(device)
         # fused: updates all weights at once, which is faster.
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+        # For validation, the loss is the book's with both recipes.
+        training_loss = loss
+        if args.recipe == 'better':
+            train_set.transform = better_transform
+            training_loss, optimizer = better_recipe(model, args.lr)
+            say('recipe better: its training accuracy and loss are those of augmented images, '
+                'which are harder than the photographs for validation')
 
         autocast, scaler = mixed_precision(device, dtype)
         photographs = f'{len(train_x)} training and {len(val_x)} validation photographs'
@@ -284,11 +322,13 @@ def main(arguments=None):
             # An epoch's random numbers depend on its number: so a resumed run gets the same ones as
             # a run without interruption. (On a GPU it does not: the loader's workers have others.)
             torch.manual_seed(args.seed + 1_000_000 * epoch + rank)
-            # A learning-rate schedule belongs here: optimizer.param_groups[0]['lr'] = ...
-            # If it is computed from `epoch`, it is right in a resumed run as well.
+            # A learning-rate schedule. As it is computed from `epoch`, it is right in a resumed run
+            # as well.
+            if args.recipe == 'better':
+                optimizer.param_groups[0]['lr'] = better_learning_rate(args.lr, epoch, num_epoch)
 
             train_acc, train_loss = train_epoch(parallel_model, progress(train_loader, title),
-                                                loss, optimizer, autocast, scaler)
+                                                training_loss, optimizer, autocast, scaler)
             val_acc, val_loss = evaluate(model, progress(val_loader, f'{title} validation'),
                                          loss, autocast)
 
@@ -349,15 +389,19 @@ def parse_arguments(arguments, saved=None):
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
-    demo = demo_options
+    parser.add_argument('--recipe', choices=['book', 'better'], default='book',
+                        help="how to train: as the book does, or with better's augmentation, loss, "
+                        'optimizer and learning rates (default: %(default)s)')
+    demo, better = demo_options, better_options
     parser.add_argument('--epochs', type=int, metavar='N', default=num_epoch,
                         help='how many times to train on all training images '
                         f'(default: %(default)s; with --demo {demo["epochs"]})')
     parser.add_argument('--batch-size', type=int, metavar='N', default=batch_size,
                         help='images in a training step, of all processes together '
-                        f'(default: %(default)s; with --demo {demo["batch_size"]})')
+                        f'(default: %(default)s; with --recipe better {better["batch_size"]}; '
+                        f'with --demo {demo["batch_size"]})')
     parser.add_argument('--lr', type=float, metavar='X', default=learning_rate,
-                        help="Adam's learning rate "
+                        help='learning rate; with --recipe better, the highest one '
                         f'(default: %(default)s; with --demo {demo["lr"]})')
     parser.add_argument('--seed', type=int, metavar='N', default=0,
                         help='on the CPU, a run with the same seed gives the same results '
@@ -382,10 +426,15 @@ def parse_arguments(arguments, saved=None):
     parser.add_argument('--dreams', action='store_true',
                         help='write dreams.png: what the classes look like to the network of the '
                         'run in --out')
+    parser.add_argument('--features', type=os.path.expanduser, metavar='PHOTO',
+                        help='write features.png: the strongest feature maps of each block of the '
+                        'network of the run in --out, for a photograph')
     parser.add_argument('--checkpoint', default='best.pt', metavar='NAME',
-                        help='the file in --out that --predict and --dreams use '
+                        help='the file in --out that --predict, --dreams and --features use '
                         '(default: %(default)s)')
     args = parser.parse_args(arguments)
+    if args.recipe == 'better':
+        parser.set_defaults(**better_options)
     if args.demo:
         parser.set_defaults(**demo_options)
     if saved is not None:
@@ -394,8 +443,9 @@ def parse_arguments(arguments, saved=None):
     args = parser.parse_args(arguments)
     if args.demo:
         args.data_dir = demo_dir
-    if args.out is None and (args.resume or args.predict or args.dreams):
-        parser.error('--resume, --predict and --dreams need the folder of a run: --out DIR')
+    if args.out is None and (args.resume or args.predict or args.dreams or args.features):
+        parser.error('--resume, --predict, --dreams and --features need the folder of a run: '
+                     '--out DIR')
     # The run may be continued from a different current folder.
     args.data_dir = os.path.abspath(args.data_dir)
     limits = {'epochs': (1, 10**9), 'batch_size': (1, 10**9), 'lr': (0, 1), 'seed': (0, 999_999),
@@ -859,7 +909,8 @@ def draw_curves(history):
     best = max(history, key=lambda row: row['val_acc'])
     for axes, name, title in ((left, 'acc', 'accuracy'), (right, 'loss', 'mean loss per image')):
         best_value = best[f'val_{name}']
-        axes.plot(epochs, [row[f'train_{name}'] for row in history], marker='.', label='training')
+        axes.plot(epochs, [row[f'train_{name}'] for row in history], marker='.',
+                  label='training, augmented images')
         axes.plot(epochs, [row[f'val_{name}'] for row in history], marker='.', label='validation')
         axes.axvline(best['epoch'], color='grey', linestyle=':',
                      label=f'best: epoch {best["epoch"]}, {best_value:.3f}')
@@ -979,7 +1030,8 @@ def percent(part, whole):
 
 
 def use_run(args):
-    """Does what --predict and --dreams ask for, with a checkpoint of the run in --out."""
+    """Does what --predict, --dreams and --features ask for, with a checkpoint of the run in
+    --out."""
     device = pick_device(args.device)
     folder = Path(args.out)
     model, classes = load_model(folder / args.checkpoint, device)
@@ -989,6 +1041,12 @@ def use_run(args):
         write_figure(folder / 'dreams.png',
                      draw_images(images, titles, 6, 'what the classes look like to the network'))
         print(f'picture written to {folder / "dreams.png"}')
+    if args.features:
+        image, = read_images([args.features])
+        if image is None:
+            raise UserError(f'{args.features}: cannot be read as an image')
+        write_figure(folder / 'features.png', draw_features(model, image))
+        print(f'picture written to {folder / "features.png"}')
     if args.predict:
         autocast, _ = mixed_precision(device, pick_precision(device, args.no_amp))
         predict(args.predict, model, classes, folder / 'predict.csv', args.batch_size, autocast)
@@ -1073,6 +1131,56 @@ def write_predictions(csv_file, folder, image_files, probabilities):
         else:
             table.writerow([file.relative_to(folder).as_posix(), label])
     write_text(csv_file, text.getvalue())
+
+
+# ---- Feature maps (chapter 1) ----------------------------------------------------------------
+
+@torch.no_grad()
+def feature_maps(model, image):
+    """What the blocks of Classifier make of an image, uint8 (128, 128, 3), BGR.
+
+    Returns for each block its feature maps after the pooling, float (64, 64, 64) for the first
+    one, and its receptive field: how many pixels of the image, in each direction, a number in them
+    depends on.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    x = convert_image_dtype(test_transform(image)).unsqueeze(0).to(device)
+    blocks = []
+    receptive_field = 1
+    # How many pixels of the image lie between two neighbours in x.
+    distance = 1
+    for layer in model.convolution:
+        x = layer(x)
+        if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)):
+            # max, because PyTorch has a number for each direction, or one for both.
+            receptive_field += (np.max(layer.kernel_size) - 1) * distance
+            distance *= np.max(layer.stride)
+        if isinstance(layer, nn.MaxPool2d):
+            blocks.append((x[0].cpu().numpy(), receptive_field))
+    return blocks
+
+
+def draw_features(model, image):
+    """features.png: the image, and a row for each block of the network: of its feature maps, the
+    eight with the largest means. White is the largest number in a feature map."""
+    blocks = feature_maps(model, image)
+    rows, columns = 1 + len(blocks), 8
+    figure = new_figure(1.5 * columns, 1.6 * rows)
+    no_ticks = {'xticks': [], 'yticks': []}
+    axes = figure.add_subplot(rows, columns, 1, title='the photograph', **no_ticks)
+    axes.imshow(image[:, :, ::-1])  # BGR -> RGB
+    axes.set_ylabel(f'{image.shape[0]} × {image.shape[1]}')
+    for row, (maps, receptive_field) in enumerate(blocks, start=1):
+        strongest = np.argsort(-maps.mean((1, 2)))[:columns]
+        for column, channel in enumerate(strongest, start=1):
+            axes = figure.add_subplot(rows, columns, row * columns + column,
+                                      title=f'channel {channel}', **no_ticks)
+            axes.imshow(maps[channel], 'gray')
+            if column == 1:
+                axes.set_ylabel(f'block {row}: {maps.shape[1]} × {maps.shape[2]}\n'
+                                f'receptive field\n{receptive_field} × {receptive_field}')
+    return figure
 
 
 # ---- Dreams (section 1.2) --------------------------------------------------------------------

@@ -14,8 +14,7 @@ from tests.fake_food11 import draw_food11
 ADAM = 'torch.optim.Adam(model.parameters(), lr=args.lr,'
 LOSS = 'nn.CrossEntropyLoss()'
 MODEL = 'model = Classifier(class_count)'
-SCHEDULE_PLACE = ('            # If it is computed from `epoch`, it is right in a resumed run as '
-                  'well.\n')
+SCHEDULE_PLACE = '            # A learning-rate schedule.'
 AFTER_EVALUATE = '            seconds = time.perf_counter() - start_time\n'
 AFTER_HISTORY = '            save_now = '
 
@@ -167,7 +166,7 @@ def test_another_data_set_needs_no_edit(small, tmp_path, monkeypatch, classes, d
 
 def test_a_learning_rate_schedule_is_right_after_a_resume(edited, few, tmp_path):
     schedule = "            optimizer.param_groups[0]['lr'] = 0.001 * 0.5 ** (epoch - 1)\n"
-    changed = edited({SCHEDULE_PLACE: SCHEDULE_PLACE + schedule})
+    changed = edited({SCHEDULE_PLACE: schedule + SCHEDULE_PLACE})
     resumed = checkpoint(use(changed, few, epochs=3))
     assert resumed['optimizer']['param_groups'][0]['lr'] == 0.001 * 0.25
     train(changed, few, out='whole', epochs=3)

@@ -175,7 +175,7 @@ def test_a_run_leaves_checkpoints_history_settings_and_pictures(small, finished,
         'best.pt', 'confusion.png', 'curves.png', 'history.csv', 'last.pt', 'mistakes.png',
         'settings.json']
     assert json.loads((folder / 'settings.json').read_text()) == {
-        'data_dir': str(few), 'epochs': 3, 'batch_size': 4, 'lr': .001, 'seed': 0,
+        'data_dir': str(few), 'recipe': 'book', 'epochs': 3, 'batch_size': 4, 'lr': .001, 'seed': 0,
         'no_amp': False, 'classes': data.CLASSES}
     printed = [LINE.fullmatch(line).groups() for line in done.stdout.splitlines()[:3]]
     for row, line in zip(history(folder), printed, strict=True):
@@ -243,8 +243,8 @@ def test_what_is_typed_on_resume_wins_and_the_rest_is_the_runs(small, few, copy_
     done = small.call(*resume, '--epochs', 4, '--lr', '1e-5', '--no-amp')
     assert done.returncode == 0 and done.stdout.startswith('[004/004]'), done.stderr
     last = checkpoint(copy_of_finished)
-    assert last['options'] == {'data_dir': str(few), 'epochs': 4, 'batch_size': 4, 'lr': 1e-5,
-                               'seed': 0, 'no_amp': True}
+    assert last['options'] == {'data_dir': str(few), 'recipe': 'book', 'epochs': 4,
+                               'batch_size': 4, 'lr': 1e-5, 'seed': 0, 'no_amp': True}
     group = last['optimizer']['param_groups'][0]
     assert group['lr'] == 1e-5 and last['optimizer']['state'][0]['step'] == 12
     # From now on, these are the run's.
@@ -588,15 +588,20 @@ def test_a_process_that_dies_ends_the_run_and_it_can_be_continued(small, few, tm
 LINEAR = {**SAVED_AT_THE_END,
           'model = Classifier(class_count)':
               'model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, class_count))',
-          '    transforms.RandomHorizontalFlip(),\n': '', '    transforms.RandomRotation(15),': '',
+          '    transforms.RandomHorizontalFlip(),\n    transforms.RandomRotation(15),': '',
+          '    transforms.RandomResizedCrop(image_size, scale=(0.35, 1)),\n'
+          '    transforms.RandomHorizontalFlip(),\n': '',
+          '    transforms.TrivialAugmentWide(),': '',
           'draw_food11(demo_dir, class': 'draw_food11(demo_dir, 2, 1, class'}
 
 
 @POSIX
-def test_two_processes_train_the_demo_as_one_does(edited, tmp_path):
+@pytest.mark.parametrize('recipe', ['book', 'better'])
+def test_two_processes_train_the_demo_as_one_does(edited, tmp_path, recipe):
     """11 validation images, so that one process has 6 and the other 5."""
     linear = edited({}, base=LINEAR)
-    options = ('--demo', '--batch-size', 22, '--epochs', 3, '--no-amp', '--device', 'cpu')
+    options = ('--demo', '--batch-size', 22, '--epochs', 3, '--no-amp', '--device', 'cpu',
+               '--recipe', recipe)
     done = torchrun(tmp_path, linear.folder / 'chapter2_2_train.py', *options, '--out', 'two')
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('[003/003]') == 1 and 'processes 2' in done.stderr

@@ -173,8 +173,8 @@ def test_the_books_options_are_the_defaults(small, few, tmp_path):
     assert LINE.fullmatch(done.stdout.rstrip()).groups()[:2] == ('001', '100')
     settings = json.loads((tmp_path / 'runs' / '001' / 'settings.json').read_text())
     del settings['classes']
-    assert settings == {'data_dir': str(tmp_path / 'food-11'), 'epochs': 100, 'batch_size': 128,
-                        'lr': 0.001, 'seed': 0, 'no_amp': False}
+    assert settings == {'data_dir': str(tmp_path / 'food-11'), 'recipe': 'book', 'epochs': 100,
+                        'batch_size': 128, 'lr': 0.001, 'seed': 0, 'no_amp': False}
     assert done.returncode == 130 and len(done.stderr.splitlines()) == 4
     assert 'holds the state after epoch 1; continue with ' in done.stderr
 
@@ -259,7 +259,7 @@ def test_impossible_options_are_refused(scripts, arguments):
 
 
 def test_the_use_of_a_run_needs_one(scripts):
-    for arguments in (['--resume'], ['--predict', 'x.jpg'], ['--dreams']):
+    for arguments in (['--resume'], ['--predict', 'x.jpg'], ['--dreams'], ['--features', 'x.jpg']):
         done = scripts.call(*arguments)
         assert done.returncode == 2 and 'need the folder of a run: --out DIR' in done.stderr
 
@@ -268,7 +268,8 @@ def test_help_says_units_and_defaults(scripts):
     done = scripts.call('--help')
     text = ' '.join(done.stdout.split())
     assert done.returncode == 0 and 'python chapter2_2_train.py --demo' in text
-    for default in ('(default: 100; with --demo 5)', '(default: 128; with --demo 16)',
+    for default in ('(default: 100; with --demo 5)',
+                    '(default: 128; with --recipe better 64; with --demo 16)',
                     '(default: 0.001; with --demo 0.0001)', '(default: best.pt)'):
         assert default in text
 

@@ -1,0 +1,140 @@
+"""--recipe better: another way to train the same network. And --features."""
+import signal
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import chapter2_2_train as train
+from tests.fake_food11 import draw_food11
+from tests.test_run import checkpoint, evaluated, history, same
+from tests.test_train import CPU, at_step
+
+NOTE = 'training accuracy and loss are those of augmented images'
+
+
+def call(scripts, *arguments, recipe='better'):
+    done = scripts.call('--device', 'cpu', '--recipe', recipe, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+# ---- The recipe ------------------------------------------------------------------------------
+
+def test_stopped_in_the_middle_of_its_schedule_and_resumed(small, few, tmp_path):
+    """An epoch has 3 training steps, and 3 for validation."""
+    options = ('--data-dir', few, '--batch-size', 4, '--epochs', 6, '--no-amp')
+    whole = call(small, *options, '--out', 'whole')
+    assert NOTE in whole.stderr
+    with at_step(3 * 6 + 2, lambda: signal.raise_signal(signal.SIGTERM)):
+        done = small.call('--device', 'cpu', '--recipe', 'better', *options, '--out', 'run')
+    assert done.returncode == 130 and 'holds the state after epoch 3' in done.stderr
+    # The run knows its recipe.
+    done = small.call('--device', 'cpu', '--out', 'run', '--resume')
+    assert done.returncode == 0 and NOTE in done.stderr, done.stderr
+    for name in ('last.pt', 'best.pt'):
+        assert same(checkpoint(tmp_path / 'run', name), checkpoint(tmp_path / 'whole', name))
+    assert history(tmp_path / 'run') == history(tmp_path / 'whole')
+    done = small.call('--device', 'cpu', '--out', 'run',
+                      '--predict', few / 'validation', few / 'validation' / '0_0.jpg')
+    assert done.returncode == 0, done.stderr
+
+
+def test_its_options_and_what_is_typed(small, few, tmp_path):
+    call(small, '--data-dir', few, '--epochs', 1, '--out', 'better')
+    call(small, '--data-dir', few, '--epochs', 1, '--out', 'typed', '--batch-size', 9, '--lr', .01)
+    better, typed = (checkpoint(tmp_path / name)['options'] for name in ('better', 'typed'))
+    assert (better['recipe'], better['batch_size'], better['lr']) == ('better', 64, .001)
+    assert (typed['recipe'], typed['batch_size'], typed['lr']) == ('better', 9, .01)
+    done = small.call('--recipe', 'best')
+    assert done.returncode == 2 and "'best'" in done.stderr and "'better'" in done.stderr
+
+
+def test_the_loss_is_smoothed_for_training_only(small, few, tmp_path):
+    call(small, '--data-dir', few, '--epochs', 2, '--batch-size', 4, '--no-amp', '--out', 'run')
+    best = max(history(tmp_path / 'run'), key=lambda row: row['val_acc'])
+    right, loss = evaluated(small, tmp_path / 'run', 'best.pt', few, no_amp=True)
+    assert (right, loss) == pytest.approx((best['val_acc'], best['val_loss']), rel=1e-4)
+    training_loss, _ = train.better_recipe(nn.Linear(1, 1), .001)
+    certain_and_right = torch.tensor([[99., 0, 0]])
+    assert training_loss(certain_and_right, torch.tensor([0])) > 1
+
+
+def test_the_learning_rate_rises_for_a_fifth_and_falls_to_zero():
+    rates = [train.better_learning_rate(.001, epoch, 100) for epoch in range(1, 101)]
+    peak = int(np.argmax(rates))
+    assert peak in (19, 20) and .0009 < rates[peak] <= .001
+    assert rates[:peak] == sorted(rates[:peak]) and 0 < rates[0] < .0001
+    assert rates[peak:] == sorted(rates[peak:], reverse=True) and 0 < rates[-1] < 1e-6
+
+
+def test_the_optimizer_follows_the_schedule_and_decays_the_weights(small, few, tmp_path):
+    for epochs in (2, 4):
+        call(small, '--data-dir', few, '--epochs', epochs, '--out', str(epochs))
+        group = checkpoint(tmp_path / str(epochs))['optimizer']['param_groups'][0]
+        assert group['lr'] == train.better_learning_rate(.001, epochs, epochs)
+        assert group['weight_decay'] > 0
+
+
+def test_it_learns_the_drawn_dishes(scripts, tmp_path):
+    draw_food11(tmp_path / 'food', training=8, validation=4)
+    for file in (tmp_path / 'food').glob('*/*.jpg'):
+        if not file.name.startswith(('3_', '9_')):  # eggs and soups
+            file.unlink()
+    call(scripts, '--data-dir', 'food', '--epochs', 6, '--batch-size', 2, '--lr', '1e-4')
+    assert max(row['val_acc'] for row in history(tmp_path / 'runs' / '001')) > .9
+
+
+# ---- Feature maps ----------------------------------------------------------------------------
+
+def test_the_receptive_fields_and_sizes_of_the_five_blocks():
+    image = np.zeros((128, 128, 3), np.uint8)
+    blocks = train.feature_maps(train.make_model(11, CPU), image)
+    assert [field for _, field in blocks] == [4, 10, 22, 46, 94]
+    assert [tuple(maps.shape) for maps, _ in blocks] == [
+        (64, 64, 64), (128, 32, 32), (256, 16, 16), (512, 8, 8), (512, 4, 4)]
+
+
+def test_the_receptive_field_is_that_of_the_layers():
+    model = nn.Module()
+    model.convolution = nn.Sequential(
+        nn.Conv2d(3, 8, (5, 5), 2, 2), nn.MaxPool2d(3, 2), nn.Conv2d(8, 8, 3), nn.MaxPool2d(2))
+    blocks = train.feature_maps(model, np.zeros((128, 128, 3), np.uint8))
+    # 5; 5 + 2·2 = 9; 9 + 2·4 = 17; 17 + 1·4 = 21
+    assert [field for _, field in blocks] == [9, 21]
+
+
+def test_features_draws_the_photograph_and_the_strongest_maps(scripts, few, tmp_path, monkeypatch):
+    drawn = []
+    original = Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, *arguments, **options: (
+        drawn.append(figure), original(figure, *arguments, **options)))
+    model = train.make_model(11, CPU)
+    (tmp_path / 'run').mkdir()
+    torch.save({'model': model.state_dict(),
+                'required': train.requirements(model, scripts.data.CLASSES)},
+               tmp_path / 'run' / 'best.pt')
+    photograph = few / 'validation' / '0_0.jpg'
+    done = scripts.call('--out', 'run', '--features', photograph, '--device', 'cpu')
+    assert done.returncode == 0 and 'features.png' in done.stdout, done.stderr
+    assert (tmp_path / 'run' / 'features.png').stat().st_size > 10_000
+    first, *others = drawn[-1].axes
+    image = scripts.data.read_image(photograph)
+    assert (first.images[0].get_array() == image[:, :, ::-1]).all()
+    assert len(others) == 5 * 8
+    maps, _ = train.feature_maps(model, image)[4]
+    strongest = maps.mean((1, 2)).argsort()[::-1][:8]
+    titles = [int(axes.get_title().removeprefix('channel ')) for axes in others[-8:]]
+    assert titles == strongest.tolist()
+    assert '4 × 4' in others[-8].get_ylabel() and '94' in others[-8].get_ylabel()
+
+    for wrong in (tmp_path / 'none.jpg', tmp_path):
+        done = scripts.call('--out', 'run', '--features', wrong, '--device', 'cpu')
+        assert done.returncode == 1 and done.stderr.count('\n') == 1
+        assert f'{wrong}: cannot be read as an image' in done.stderr
+    done = scripts.call('--features', photograph)
+    assert done.returncode == 2 and '--out DIR' in done.stderr
+    with pytest.raises(SystemExit):
+        train.parse_arguments(['--out', 'run', '--features'])

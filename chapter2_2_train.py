@@ -483,7 +483,7 @@ def pick_device(name):
         # PyTorch raises any of these, depending on the kind of device.
         lines = str(error).splitlines() or [type(error).__name__]
         raise UserError(f'PyTorch {torch.__version__} cannot use the device {name} here: '
-                        f'{lines[0]}; see "Troubleshooting" in README.md. --device cpu always works'
+                        f'{lines[0]}; see .github/install.md. --device cpu always works'
                         ) from None
     return device
 
@@ -493,7 +493,7 @@ def device_name(device):
     if device.type == 'cuda':
         return f'{device} ({torch.cuda.get_device_name(device)})'
     if not torch.accelerator.is_available():
-        return f'{device} (PyTorch finds no GPU: see "Troubleshooting" in README.md)'
+        return f'{device} (PyTorch finds no GPU: see .github/install.md)'
     return str(device)
 
 

@@ -333,7 +333,7 @@ def test_a_gpu_that_this_pytorch_has_no_kernels_for(monkeypatch):
     monkeypatch.setattr(torch, 'ones', fail)
     with pytest.raises(data.UserError) as error:
         train.pick_device('cuda')
-    for words in ('cuda:0', 'no kernel image', 'README.md', '--device cpu'):
+    for words in ('cuda:0', 'no kernel image', 'install.md', '--device cpu'):
         assert words in str(error.value)
     assert '\n' not in str(error.value)
 

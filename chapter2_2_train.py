@@ -203,29 +203,21 @@ def accuracy_and_loss(correct, loss_sum, image_count):
     return total_correct / total_images, total_loss / total_images
 
 
-# ---- A better recipe -------------------------------------------------------------------------
+# ---- A better recipe (not in the book) -------------------------------------------------------
 #
-# Not in the book: with --recipe better, the same network is trained on images of better_transform
-# (chapter2_1_data.py), in smaller batches, and with what is in this section. After the book's
-# recipe, it knows the training photographs by heart, and only half of the others.
+# With the book's recipe, the network learns the training photographs by heart: after 100 epochs on
+# ten dishes it was right for 98% of them, and for 59% of the others. With --recipe better, the same
+# network is trained on the images of better_transform (chapter2_1_data.py), in smaller batches,
+# with a learning rate that changes:
 
 better_options = {'batch_size': 64}
 
 
-def better_recipe(model, lr):
-    """Returns the loss and the optimizer for training."""
-    # Label smoothing: the network is to give the right class a probability of 0.9, not of 1, so
-    # that it does not go on enlarging its weights when it is right.
-    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
-    # AdamW is Adam that also makes each weight a little smaller in each step.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, fused=True)
-    return loss, optimizer
-
-
 def better_learning_rate(highest, epoch, num_epoch):
-    """The learning rate of an epoch, which depends on nothing but its number: it rises for a fifth
-    of the epochs, and then falls to zero along a cosine."""
-    done = (epoch - 0.5) / num_epoch  # in the middle of the epoch
+    """The learning rate of an epoch: it rises for a fifth of the epochs, and then falls to zero
+    along a cosine."""
+    # The part of the training that is done in the middle of the epoch, 0 to 1.
+    done = (epoch - 0.5) / num_epoch
     if done < 0.2:
         return highest * done / 0.2
     return highest * (1 + math.cos(math.pi * (done - 0.2) / 0.8)) / 2
@@ -277,6 +269,10 @@ def main(arguments=None):
             say(f'{args.data_dir} has no folder training: every fifth photograph is for validation')
         train_set = ImgDataset(train_x, train_y, train_transform)
         val_set = ImgDataset(val_x, val_y, test_transform)
+        if args.recipe == 'better':
+            train_set.transform = better_transform
+            say('recipe better: its training accuracy and loss are those of augmented images, '
+                'which are harder than the photographs for validation')
         # Pinned memory is memory from which a CUDA GPU can copy faster. Workers that are persistent
         # are started once, and not in every epoch.
         loader_options = {'num_workers': workers, 'persistent_workers': workers > 0,
@@ -292,13 +288,6 @@ def main(arguments=None):
         loss = nn.CrossEntropyLoss().to(device)
         # fused: updates all weights at once, which is faster.
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-        # For validation, the loss is the book's with both recipes.
-        training_loss = loss
-        if args.recipe == 'better':
-            train_set.transform = better_transform
-            training_loss, optimizer = better_recipe(model, args.lr)
-            say('recipe better: its training accuracy and loss are those of augmented images, '
-                'which are harder than the photographs for validation')
 
         autocast, scaler = mixed_precision(device, dtype)
         photographs = f'{len(train_x)} training and {len(val_x)} validation photographs'
@@ -328,7 +317,7 @@ def main(arguments=None):
                 optimizer.param_groups[0]['lr'] = better_learning_rate(args.lr, epoch, num_epoch)
 
             train_acc, train_loss = train_epoch(parallel_model, progress(train_loader, title),
-                                                training_loss, optimizer, autocast, scaler)
+                                                loss, optimizer, autocast, scaler)
             val_acc, val_loss = evaluate(model, progress(val_loader, f'{title} validation'),
                                          loss, autocast)
 
@@ -390,8 +379,8 @@ def parse_arguments(arguments, saved=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
     parser.add_argument('--recipe', choices=['book', 'better'], default='book',
-                        help="how to train: as the book does, or with better's augmentation, loss, "
-                        'optimizer and learning rates (default: %(default)s)')
+                        help="how to train: as the book does, or with better's augmentation, batch "
+                        'size and learning rates (default: %(default)s)')
     demo, better = demo_options, better_options
     parser.add_argument('--epochs', type=int, metavar='N', default=num_epoch,
                         help='how many times to train on all training images '

@@ -54,7 +54,8 @@ def test_its_options_and_what_is_typed(small, few, tmp_path):
 
 def test_the_images_are_those_of_its_transform(edited, few):
     """Here its transform makes every image black, and leaves validation alone."""
-    black = edited({'    transforms.TrivialAugmentWide(),': '    lambda img: img.point([0] * 768),'})
+    black = edited({'    transforms.TrivialAugmentWide(),':
+                    '    lambda img: img.point([0] * 768),'})
     seen = []
 
     def see(module, inputs):

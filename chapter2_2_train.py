@@ -232,7 +232,7 @@ def main(arguments=None):
     # cuDNN tries several algorithms for each convolution, and then uses the fastest.
     torch.backends.cudnn.benchmark = True
     args = parse_arguments(arguments)
-    if args.predict or args.dreams or args.features:
+    if args.predict or args.dreams or args.features is not None:
         use_run(args)
         return
 
@@ -432,7 +432,8 @@ def parse_arguments(arguments, saved=None):
     args = parser.parse_args(arguments)
     if args.demo:
         args.data_dir = demo_dir
-    if args.out is None and (args.resume or args.predict or args.dreams or args.features):
+    uses_run = args.resume or args.predict or args.dreams or args.features is not None
+    if args.out is None and uses_run:
         parser.error('--resume, --predict, --dreams and --features need the folder of a run: '
                      '--out DIR')
     # The run may be continued from a different current folder.
@@ -1030,10 +1031,11 @@ def use_run(args):
         write_figure(folder / 'dreams.png',
                      draw_images(images, titles, 6, 'what the classes look like to the network'))
         print(f'picture written to {folder / "dreams.png"}')
-    if args.features:
-        image, = read_images([args.features])
+    if args.features is not None:
+        path = find_paths([args.features])[0]
+        image, = read_images([path])
         if image is None:
-            raise UserError(f'{args.features}: cannot be read as an image')
+            raise UserError(f'{path}: cannot be read as an image')
         write_figure(folder / 'features.png', draw_features(model, image))
         print(f'picture written to {folder / "features.png"}')
     if args.predict:

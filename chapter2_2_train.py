@@ -206,11 +206,22 @@ def accuracy_and_loss(correct, loss_sum, image_count):
 # ---- A better recipe (not in the book) -------------------------------------------------------
 #
 # With the book's recipe, the network learns the training photographs by heart: after 100 epochs on
-# ten dishes it was right for 98% of them, and for 59% of the others. With --recipe better, the same
+# ten dishes it was right for 99% of them, and for 59% of the others. With --recipe better, the same
 # network is trained on the images of better_transform (chapter2_1_data.py), in smaller batches,
-# with a learning rate that changes:
+# and with what is in this section. It was right for 84% of the images of better_transform, and for
+# 72% of the others.
 
 better_options = {'batch_size': 64}
+
+
+def better_recipe(model, lr):
+    """Returns the loss for training, and the optimizer."""
+    # Label smoothing: the right class is to get a probability of about 0.91, not of 1. So a network
+    # that is already right does not go on making its scores larger.
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+    # AdamW is Adam that also makes all weights a little smaller in each step.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, fused=True)
+    return loss, optimizer
 
 
 def better_learning_rate(highest, epoch, num_epoch):
@@ -272,7 +283,8 @@ def main(arguments=None):
         if args.recipe == 'better':
             train_set.transform = better_transform
             say('recipe better: its training accuracy and loss are those of augmented images, '
-                'which are harder than the photographs for validation')
+                'which are harder than the photographs for validation; label smoothing makes the '
+                'training loss larger still')
         # Pinned memory is memory from which a CUDA GPU can copy faster. Workers that are persistent
         # are started once, and not in every epoch.
         loader_options = {'num_workers': workers, 'persistent_workers': workers > 0,
@@ -288,6 +300,10 @@ def main(arguments=None):
         loss = nn.CrossEntropyLoss().to(device)
         # fused: updates all weights at once, which is faster.
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+        # For validation, the loss is the same with both recipes.
+        training_loss = loss
+        if args.recipe == 'better':
+            training_loss, optimizer = better_recipe(model, args.lr)
 
         autocast, scaler = mixed_precision(device, dtype)
         photographs = f'{len(train_x)} training and {len(val_x)} validation photographs'
@@ -317,7 +333,7 @@ def main(arguments=None):
                 optimizer.param_groups[0]['lr'] = better_learning_rate(args.lr, epoch, num_epoch)
 
             train_acc, train_loss = train_epoch(parallel_model, progress(train_loader, title),
-                                                loss, optimizer, autocast, scaler)
+                                                training_loss, optimizer, autocast, scaler)
             val_acc, val_loss = evaluate(model, progress(val_loader, f'{title} validation'),
                                          loss, autocast)
 
@@ -380,7 +396,7 @@ def parse_arguments(arguments, saved=None):
     add_data_arguments(parser)
     parser.add_argument('--recipe', choices=['book', 'better'], default='book',
                         help="how to train: as the book does, or with better's augmentation, batch "
-                        'size and learning rates (default: %(default)s)')
+                        'size, loss, optimizer and learning rates (default: %(default)s)')
     demo, better = demo_options, better_options
     parser.add_argument('--epochs', type=int, metavar='N', default=num_epoch,
                         help='how many times to train on all training images '

@@ -53,18 +53,22 @@ def on_gpu(model):
     return model
 
 
+@pytest.mark.parametrize('recipe', ['book', 'better'])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32])
-def test_a_training_epoch_and_an_evaluation(fake_gpu, dtype):
+def test_a_training_epoch_and_an_evaluation(fake_gpu, dtype, recipe):
     model = on_gpu(train.Classifier())
     fake_gpu += model.parameters()
     seen = []
     model.fc[-1].register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    loss = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=.001, fused=True)
+    if recipe == 'better':
+        loss, optimizer = train.better_recipe(model, .001)
     autocast, scaler = train.mixed_precision(CUDA, dtype)
     assert scaler.is_enabled() == (dtype == torch.float16)
     x = torch.empty(4, 3, 128, 128, dtype=torch.uint8)
     batches = [(x, torch.zeros(4, dtype=torch.long))] * 2
-    train.train_epoch(model, batches, nn.CrossEntropyLoss(), optimizer, autocast, scaler)
+    train.train_epoch(model, batches, loss, optimizer, autocast, scaler)
     train.evaluate(model, batches, nn.CrossEntropyLoss(), autocast)
     assert seen == [dtype] * 4
     assert all(value.device == CUDA for state in optimizer.state.values()

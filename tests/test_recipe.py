@@ -9,7 +9,7 @@ from torch import nn
 
 import chapter2_2_train as train
 from tests.fake_food11 import draw_food11
-from tests.test_run import checkpoint, history, same
+from tests.test_run import checkpoint, evaluated, history, same
 from tests.test_train import CPU, at_step
 
 NOTE = 'training accuracy and loss are those of augmented images'
@@ -72,6 +72,16 @@ def test_the_images_are_those_of_its_transform(edited, few):
     assert [brightest > 0 for brightest in seen] == [True] * 9 + [False] * 3 + [True] * 6
 
 
+def test_the_loss_is_smoothed_for_training_only(small, few, tmp_path):
+    call(small, '--data-dir', few, '--epochs', 2, '--batch-size', 4, '--no-amp', '--out', 'run')
+    best = max(history(tmp_path / 'run'), key=lambda row: row['val_acc'])
+    right, loss = evaluated(small, tmp_path / 'run', 'best.pt', few, no_amp=True)
+    assert (right, loss) == pytest.approx((best['val_acc'], best['val_loss']), rel=1e-4)
+    training_loss, _ = train.better_recipe(nn.Linear(1, 1), .001)
+    certain_and_right = torch.tensor([[99., 0, 0]])
+    assert training_loss(certain_and_right, torch.tensor([0])) > 1
+
+
 def test_the_learning_rate_rises_for_a_fifth_and_falls_to_zero():
     rates = [train.better_learning_rate(.001, epoch, 100) for epoch in range(1, 101)]
     peak = int(np.argmax(rates))
@@ -80,11 +90,12 @@ def test_the_learning_rate_rises_for_a_fifth_and_falls_to_zero():
     assert rates[peak:] == sorted(rates[peak:], reverse=True) and 0 < rates[-1] < 1e-6
 
 
-def test_the_optimizer_follows_the_schedule(small, few, tmp_path):
+def test_the_optimizer_follows_the_schedule_and_decays_the_weights(small, few, tmp_path):
     for epochs in (2, 4):
         call(small, '--data-dir', few, '--epochs', epochs, '--out', str(epochs))
         group = checkpoint(tmp_path / str(epochs))['optimizer']['param_groups'][0]
         assert group['lr'] == train.better_learning_rate(.001, epochs, epochs)
+        assert group['weight_decay'] > 0
 
 
 def test_it_learns_the_drawn_dishes(scripts, tmp_path):

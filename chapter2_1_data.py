@@ -290,13 +290,13 @@ test_transform = transforms.Compose([
 ])
 
 # Not in the book: for --recipe better of chapter2_2_train.py, instead of train_transform. The
-# network hardly ever sees the same image twice, so it cannot learn the photographs by heart.
+# network hardly ever sees the same image twice, so it can hardly learn the photographs by heart.
 better_transform = transforms.Compose([
     transforms.ToPILImage(),
-    # A part of the photograph with 35% to 100% of its area, enlarged to the whole size.
+    # A rectangle of 35% to 100% of the photograph's area, stretched to the whole size.
     transforms.RandomResizedCrop(image_size, scale=(0.35, 1)),
     transforms.RandomHorizontalFlip(),
-    # One of 14 changes, such as rotation, contrast or sharpness, of a random strength.
+    # One of 13 changes, such as rotation, contrast or sharpness, of a random strength, or none.
     transforms.TrivialAugmentWide(),
     transforms.PILToTensor(),
 ])

@@ -183,7 +183,7 @@ def evaluate(model, val_loader, loss, autocast):
 
 def to_device(x, y, device):
     """Copies a batch to the device: x as float32 (N, 3, 128, 128) in 0..1, y as int64 (N,)."""
-    # non_blocking: while a CUDA GPU copies, it computes, and Python goes on.
+    # non_blocking: while a CUDA GPU copies, Python goes on.
     x = x.to(device, non_blocking=device.type == 'cuda')
     y = y.to(device, non_blocking=device.type == 'cuda')
     # Of uint8 in 0..255 this makes float32 in 0..1, as the book's ToTensor does.
@@ -206,28 +206,28 @@ def accuracy_and_loss(correct, loss_sum, image_count):
 # ---- A better recipe (not in the book) -------------------------------------------------------
 #
 # With the book's recipe, the network learns the training photographs by heart: after 100 epochs on
-# ten dishes it was right for 99% of them, and for 59% of the others. With --recipe better, the same
-# network is trained on the images of better_transform (chapter2_1_data.py), in smaller batches,
-# and with what is in this section. It was right for 84% of the images of better_transform, and for
-# 72% of the others.
+# photographs of ten dishes (see README.md), it was right for 99% of those for training, and for 59%
+# of those for validation. With --recipe better, main trains the same network on the images of
+# better_transform (chapter2_1_data.py), with the batch size, loss, optimizer and learning rate of
+# this section. It was then right for 84% of these images, and for 72% of those for validation.
 
 better_options = {'batch_size': 64}
 
 
-def better_recipe(model, lr):
+def better_recipe(model, lr, device):
     """Returns the loss for training, and the optimizer."""
     # Label smoothing: the right class is to get a probability of about 0.91, not of 1. So a network
     # that is already right does not go on making its scores larger.
-    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1).to(device)
     # AdamW is Adam that also makes all weights a little smaller in each step.
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, fused=True)
     return loss, optimizer
 
 
 def better_learning_rate(highest, epoch, num_epoch):
-    """The learning rate of an epoch: it rises for a fifth of the epochs, and then falls to zero
-    along a cosine."""
-    # The part of the training that is done in the middle of the epoch, 0 to 1.
+    """The learning rate of an epoch, counted from 1: it rises for a fifth of the epochs, and then
+    falls to zero along a cosine."""
+    # How much of the training is done in the middle of this epoch: 0 is nothing, 1 is all.
     done = (epoch - 0.5) / num_epoch
     if done < 0.2:
         return highest * done / 0.2
@@ -282,9 +282,6 @@ def main(arguments=None):
         val_set = ImgDataset(val_x, val_y, test_transform)
         if args.recipe == 'better':
             train_set.transform = better_transform
-            say('recipe better: its training accuracy and loss are those of augmented images, '
-                'which are harder than the photographs for validation; label smoothing makes the '
-                'training loss larger still')
         # Pinned memory is memory from which a CUDA GPU can copy faster. Workers that are persistent
         # are started once, and not in every epoch.
         loader_options = {'num_workers': workers, 'persistent_workers': workers > 0,
@@ -300,10 +297,13 @@ def main(arguments=None):
         loss = nn.CrossEntropyLoss().to(device)
         # fused: updates all weights at once, which is faster.
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-        # For validation, the loss is the same with both recipes.
         training_loss = loss
         if args.recipe == 'better':
-            training_loss, optimizer = better_recipe(model, args.lr)
+            # For validation, the loss stays the book's.
+            training_loss, optimizer = better_recipe(model, args.lr, device)
+            say('recipe better: its training accuracy and loss are those of augmented images, '
+                'which are harder than the photographs for validation; label smoothing makes the '
+                'training loss larger still')
 
         autocast, scaler = mixed_precision(device, dtype)
         photographs = f'{len(train_x)} training and {len(val_x)} validation photographs'
@@ -325,10 +325,10 @@ def main(arguments=None):
             start_time = time.perf_counter()
             title = f'[{epoch:03d}/{num_epoch:03d}]'
             # An epoch's random numbers depend on its number: so a resumed run gets the same ones as
-            # a run without interruption. (On a GPU it does not: the loader's workers have others.)
+            # a run without interruption. (Not with loader workers, which have their own.)
             torch.manual_seed(args.seed + 1_000_000 * epoch + rank)
-            # A learning-rate schedule. As it is computed from `epoch`, it is right in a resumed run
-            # as well.
+            # A learning-rate schedule. As it is computed from `epoch`, it needs nothing from a
+            # checkpoint.
             if args.recipe == 'better':
                 optimizer.param_groups[0]['lr'] = better_learning_rate(args.lr, epoch, num_epoch)
 
@@ -373,6 +373,8 @@ def main(arguments=None):
             write_figure(folder / 'mistakes.png',
                          draw_mistakes(val_x, val_y, val_files, probabilities, classes))
     if world_size > 1:
+        # Without this pause, PyTorch 2.6 on CPUs sometimes waits for itself forever.
+        time.sleep(1)
         distributed.destroy_process_group()
 
 
@@ -388,7 +390,7 @@ def main(arguments=None):
 def parse_arguments(arguments, saved=None):
     """Returns the options of the command line; saved: those of the run that it continues.
 
-    An option that is not given has its saved value, or else the demo's, or else the book's.
+    An option that is not given has its saved value, or else the demo's, better's or the book's.
     """
     # --help begins with the text at the top of this file.
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,

@@ -77,7 +77,7 @@ def test_the_loss_is_smoothed_for_training_only(small, few, tmp_path):
     best = max(history(tmp_path / 'run'), key=lambda row: row['val_acc'])
     right, loss = evaluated(small, tmp_path / 'run', 'best.pt', few, no_amp=True)
     assert (right, loss) == pytest.approx((best['val_acc'], best['val_loss']), rel=1e-4)
-    training_loss, _ = train.better_recipe(nn.Linear(1, 1), .001)
+    training_loss, _ = train.better_recipe(nn.Linear(1, 1), .001, CPU)
     certain_and_right = torch.tensor([[99., 0, 0]])
     assert training_loss(certain_and_right, torch.tensor([0])) > 1
 

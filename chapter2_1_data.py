@@ -289,11 +289,11 @@ test_transform = transforms.Compose([
     transforms.PILToTensor(),
 ])
 
-# Not in the book: for --recipe better of chapter2_2_train.py, instead of train_transform. The
-# network hardly ever sees the same image twice, so it can hardly learn the photographs by heart.
+# Not in the book: for --recipe better of chapter2_2_train.py, instead of train_transform. It
+# changes the images much more, so that the network cannot easily learn the photographs by heart.
 better_transform = transforms.Compose([
     transforms.ToPILImage(),
-    # A rectangle of 35% to 100% of the photograph's area, stretched to the whole size.
+    # A rectangle with 35% to 100% of the area, stretched to the whole size.
     transforms.RandomResizedCrop(image_size, scale=(0.35, 1)),
     transforms.RandomHorizontalFlip(),
     # One of 13 changes, such as rotation, contrast or sharpness, of a random strength, or none.

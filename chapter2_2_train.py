@@ -206,27 +206,30 @@ def accuracy_and_loss(correct, loss_sum, image_count):
 # ---- A better recipe (not in the book) -------------------------------------------------------
 #
 # With the book's recipe, the network learns the training photographs by heart: after 100 epochs on
-# photographs of ten dishes (see README.md), it was right for 99% of those for training, and for 59%
-# of those for validation. With --recipe better, main trains the same network on the images of
-# better_transform (chapter2_1_data.py), with the batch size, loss, optimizer and learning rate of
-# this section. It was then right for 84% of these images, and for 72% of those for validation.
+# photographs of ten dishes, it was right for 99% of those for training, and for 59% of those for
+# validation. With --recipe better, main trains the same network on the images of better_transform
+# (chapter2_1_data.py), with what is in this section. Then it was right for 84% of these images, and
+# for 72% of the photographs for validation. README.md says how much each change gains.
 
+# Used by parse_arguments, like demo_options.
 better_options = {'batch_size': 64}
 
 
-def better_recipe(model, lr, device):
+def better_loss_and_optimizer(model, lr, device):
     """Returns the loss for training, and the optimizer."""
-    # Label smoothing: the right class is to get a probability of about 0.91, not of 1. So a network
-    # that is already right does not go on making its scores larger.
+    # Label smoothing: with 11 classes, the right one is to get a probability of 0.91, not of 1. So
+    # a network that is already right does not go on making its scores larger.
     loss = nn.CrossEntropyLoss(label_smoothing=0.1).to(device)
-    # AdamW is Adam that also makes all weights a little smaller in each step.
+    # AdamW is Adam that also makes all weights a little smaller in each step. Small weights make a
+    # smoother function, which fits fewer accidents of the training images.
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, fused=True)
     return loss, optimizer
 
 
 def better_learning_rate(highest, epoch, num_epoch):
-    """The learning rate of an epoch, counted from 1: it rises for a fifth of the epochs, and then
-    falls to zero along a cosine."""
+    """The learning rate of an epoch, counted from 1: it rises for a fifth of the epochs, as the
+    first steps of a new network are wild, and then falls towards zero along a cosine, so that the
+    last steps only refine."""
     # How much of the training is done in the middle of this epoch: 0 is nothing, 1 is all.
     done = (epoch - 0.5) / num_epoch
     if done < 0.2:
@@ -299,11 +302,11 @@ def main(arguments=None):
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
         training_loss = loss
         if args.recipe == 'better':
-            # For validation, the loss stays the book's.
-            training_loss, optimizer = better_recipe(model, args.lr, device)
-            say('recipe better: its training accuracy and loss are those of augmented images, '
-                'which are harder than the photographs for validation; label smoothing makes the '
-                'training loss larger still')
+            # Instead of Adam, and of the loss for training. The one for validation stays the same,
+            # so that it can be compared.
+            training_loss, optimizer = better_loss_and_optimizer(model, args.lr, device)
+            say('recipe better: its training accuracy and loss are those of augmented images, more '
+                "strongly than the book's; label smoothing makes the training loss larger still")
 
         autocast, scaler = mixed_precision(device, dtype)
         photographs = f'{len(train_x)} training and {len(val_x)} validation photographs'

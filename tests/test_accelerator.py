@@ -63,7 +63,7 @@ def test_a_training_epoch_and_an_evaluation(fake_gpu, dtype, recipe):
     loss = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=.001, fused=True)
     if recipe == 'better':
-        loss, optimizer = train.better_recipe(model, .001, CUDA)
+        loss, optimizer = train.better_loss_and_optimizer(model, .001, CUDA)
     autocast, scaler = train.mixed_precision(CUDA, dtype)
     assert scaler.is_enabled() == (dtype == torch.float16)
     x = torch.empty(4, 3, 128, 128, dtype=torch.uint8)

@@ -12,7 +12,7 @@ from tests.fake_food11 import draw_food11
 from tests.test_run import checkpoint, evaluated, history, same
 from tests.test_train import CPU, at_step
 
-NOTE = 'training accuracy and loss are those of augmented images'
+NOTE = 'training accuracy and loss are those of augmented images, more strongly'
 
 
 def call(scripts, *arguments, recipe='better'):
@@ -77,7 +77,7 @@ def test_the_loss_is_smoothed_for_training_only(small, few, tmp_path):
     best = max(history(tmp_path / 'run'), key=lambda row: row['val_acc'])
     right, loss = evaluated(small, tmp_path / 'run', 'best.pt', few, no_amp=True)
     assert (right, loss) == pytest.approx((best['val_acc'], best['val_loss']), rel=1e-4)
-    training_loss, _ = train.better_recipe(nn.Linear(1, 1), .001, CPU)
+    training_loss, _ = train.better_loss_and_optimizer(nn.Linear(1, 1), .001, CPU)
     certain_and_right = torch.tensor([[99., 0, 0]])
     assert training_loss(certain_and_right, torch.tensor([0])) > 1
 

@@ -276,7 +276,8 @@ class ImgDataset(Dataset):
 
 # The book ends with ToTensor, which makes float32 in 0..1 of the bytes. PILToTensor leaves them as
 # uint8 in 0..255, a quarter of the size; chapter2_2_train.py makes the float32 on the GPU.
-# For Normalize, write ToTensor again, in all transforms. The channels are in OpenCV's order, BGR.
+# Normalize needs float32: with it, use ToTensor in all transforms. The channels are in OpenCV's
+# order, BGR.
 train_transform = transforms.Compose([
     transforms.ToPILImage(),
     transforms.RandomHorizontalFlip(),

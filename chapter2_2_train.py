@@ -246,7 +246,7 @@ def main(arguments=None):
     # cuDNN tries several algorithms for each convolution, and then uses the fastest.
     torch.backends.cudnn.benchmark = True
     args = parse_arguments(arguments)
-    if args.predict or args.dreams or args.features is not None:
+    if args.predict or args.dreams or args.features:
         use_run(args)
         return
 
@@ -305,8 +305,8 @@ def main(arguments=None):
             # Instead of Adam, and of the loss for training. The one for validation stays the same,
             # so that it can be compared.
             training_loss, optimizer = better_loss_and_optimizer(model, args.lr, device)
-            say('recipe better: its training accuracy and loss are those of augmented images, more '
-                "strongly than the book's; label smoothing makes the training loss larger still")
+            say('recipe better: its training accuracy and loss are those of strongly augmented '
+                'images, and label smoothing makes this loss larger still')
 
         autocast, scaler = mixed_precision(device, dtype)
         photographs = f'{len(train_x)} training and {len(val_x)} validation photographs'
@@ -436,7 +436,7 @@ def parse_arguments(arguments, saved=None):
     parser.add_argument('--dreams', action='store_true',
                         help='write dreams.png: what the classes look like to the network of the '
                         'run in --out')
-    parser.add_argument('--features', type=os.path.expanduser, metavar='PHOTO',
+    parser.add_argument('--features', nargs=1, type=os.path.expanduser, metavar='PHOTO',
                         help='write features.png: the strongest feature maps of each block of the '
                         'network of the run in --out, for a photograph')
     parser.add_argument('--checkpoint', default='best.pt', metavar='NAME',
@@ -453,8 +453,7 @@ def parse_arguments(arguments, saved=None):
     args = parser.parse_args(arguments)
     if args.demo:
         args.data_dir = demo_dir
-    uses_run = args.resume or args.predict or args.dreams or args.features is not None
-    if args.out is None and uses_run:
+    if args.out is None and (args.resume or args.predict or args.dreams or args.features):
         parser.error('--resume, --predict, --dreams and --features need the folder of a run: '
                      '--out DIR')
     # The run may be continued from a different current folder.
@@ -1052,8 +1051,8 @@ def use_run(args):
         write_figure(folder / 'dreams.png',
                      draw_images(images, titles, 6, 'what the classes look like to the network'))
         print(f'picture written to {folder / "dreams.png"}')
-    if args.features is not None:
-        path = find_paths([args.features])[0]
+    if args.features:
+        path = find_paths(args.features)[0]
         image, = read_images([path])
         if image is None:
             raise UserError(f'{path}: cannot be read as an image')
@@ -1098,7 +1097,7 @@ def predict(paths, model, classes, csv_file, batch_size, autocast):
 
 
 def find_paths(paths):
-    """The files and folders that --predict names, as Paths. Raises UserError if there are none,
+    """The files and folders that an option names, as Paths. Raises UserError if there are none,
     or more folders than one."""
     found = []
     for path in paths:

@@ -12,7 +12,7 @@ from tests.fake_food11 import draw_food11
 from tests.test_run import checkpoint, evaluated, history, same
 from tests.test_train import CPU, at_step
 
-NOTE = 'training accuracy and loss are those of augmented images, more strongly'
+NOTE = 'training accuracy and loss are those of strongly augmented images'
 
 
 def call(scripts, *arguments, recipe='better'):

@@ -7,12 +7,15 @@
     python chapter2_1_data.py --demo                needs no photographs: draws some dishes first
 """
 import argparse
+import contextlib
+import hashlib
 import os
 import re
+import signal
 import sys
-from collections import defaultdict
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import cv2
@@ -25,9 +28,10 @@ from tqdm import tqdm
 data_dir = './food-11'
 demo_dir = './food-11-demo'
 
-# The names of the labels 0 to 10. Photographs in folders have the folders' names instead.
+# The names of the labels 0 to 10, spelled as the folders of Kaggle's food-11. Photographs in
+# folders have the folders' names instead.
 CLASSES = ['Bread', 'Dairy product', 'Dessert', 'Egg', 'Fried food', 'Meat',
-           'Noodles/Pasta', 'Rice', 'Seafood', 'Soup', 'Vegetable/Fruit']
+           'Noodles-Pasta', 'Rice', 'Seafood', 'Soup', 'Vegetable-Fruit']
 
 # Width and height in pixels. The first Linear layer in chapter2_2_train.py depends on it.
 image_size = 128
@@ -42,206 +46,291 @@ class UserError(Exception):
 # ---- Reading the photographs -----------------------------------------------------------------
 
 def readfile(path, classes=CLASSES):
-    """Reads the labelled photographs in a folder such as food-11/training (section 2.2).
+    """Reads labelled photographs (section 2.2).
 
-    Returns x, uint8 (N, 128, 128, 3), BGR, and y, uint8 (N,), the positions of the labels in
-    `classes`, in the order of list_images. Raises UserError if there are no photographs, or if
-    some files cannot be used; it names them.
+    path: a folder such as food-11/training, or a list of pairs (file, label) from find_photographs.
+    classes: for a folder, the names of its classes.
+    Returns x, uint8 (N, 128, 128, 3), BGR, and y, the labels (N,), in the order of the sorted file
+    names. y is uint8, or uint16 if a label is above 255.
+    Raises UserError if a photograph has no label or cannot be read; it names all of these.
     """
-    image_files = list_images(path)
-    x = np.zeros((len(image_files), image_size, image_size, 3), dtype=np.uint8)
-    # The smallest type for the labels: uint8, as in the book, unless there are over 256 classes.
-    y = np.zeros(len(image_files), dtype=np.min_scalar_type(len(classes) - 1))
+    labelled = path
+    if not isinstance(path, list):
+        labelled = all_labelled(path, classes)
+    image_files = [file for file, _ in labelled]
+    labels = [label for _, label in labelled]
+    x = np.zeros((len(labels), image_size, image_size, 3), dtype=np.uint8)
+    y = np.array(labels, dtype=np.min_scalar_type(max(labels, default=0)))
     bad_files = []
-    for i, img in enumerate(read_images(image_files)):
-        label = label_of(image_files[i], path, classes)
+    # img = read_image(image_files[0]), read_image(image_files[1]), ...
+    for i, img in enumerate(in_threads(read_image, image_files, 'reading')):
         if img is None:
-            bad_files.append(f'{image_files[i]}: cannot be read as an image')
-        elif label is None:
-            bad_files.append(f'{image_files[i]}: its folder is not one of the classes, and its '
-                             f'name has no label in 0..{len(classes) - 1} in front, as in 3_17.jpg')
+            bad_files.append(image_files[i])
         else:
             x[i] = img
-            y[i] = label
-    if bad_files:
-        raise UserError(bad_files_message(bad_files))
+    refuse(bad_files, NO_IMAGE)
     return x, y
 
 
-def read_images(image_files):
-    """Reads photographs on all CPU cores. Returns a list of what read_image returns for each.
+def read_image(file):
+    """Reads one photograph as uint8 (128, 128, 3), BGR. Returns None if it is not an image.
 
-    A warning on stderr names those that are cut off, or ten of them.
+    Raises UserError with the system's reason if the system does not let it be read.
     """
+    # The book's cv2.imread cannot open a path with Chinese characters on Windows. Therefore Python
+    # reads the bytes, and imdecode turns them into the same pixels.
+    try:
+        file_bytes = Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(f'cannot read {file}: {error.strerror}') from None
+    # Unlike imread, imdecode insists on the two bytes that end a JPEG, also where the picture is
+    # complete without them. At the end of a whole JPEG they change nothing.
+    if file_bytes.startswith(b'\xff\xd8'):
+        file_bytes += b'\xff\xd9'
     # Silences OpenCV's own messages, which do not say which file they are about. setLogLevel is in
     # cv2.utils.logging (OpenCV 5) or in cv2 (OpenCV 4).
     getattr(cv2.utils, 'logging', cv2).setLogLevel(0)
-    # Threads are enough, as OpenCV lets other threads run while it decodes. imap keeps the order.
-    with ThreadPool() as threads:
-        # disable=None: no progress bar if stderr is not a terminal.
-        images = list(tqdm(threads.imap(read_image, image_files), 'reading', len(image_files),
-                           leave=False, disable=None))
-    cut_off = []
-    for i, file in enumerate(image_files):
-        if images[i] is None:
-            images[i] = read_image(file, is_cut_off=True)
-            if images[i] is not None:
-                cut_off.append(str(file))
-    if cut_off:
-        print(f'warning: cut off, so that a part of the picture may be grey: {len(cut_off)} of '
-              f'{len(image_files)} photographs, {", ".join(cut_off[:10])}', file=sys.stderr)
-    return images
-
-
-def read_image(file, is_cut_off=False):
-    """Reads one photograph as uint8 (128, 128, 3), BGR. Returns None if it cannot be read.
-
-    is_cut_off: to read a JPEG whose end is missing, as the book's cv2.imread does too.
-    """
-    # cv2.imread cannot open a path with Chinese characters on Windows. Therefore Python reads the
-    # bytes, and imdecode turns them into the same pixels.
     try:
-        file_bytes = Path(file).read_bytes()
-        if is_cut_off and file_bytes.startswith(b'\xff\xd8'):
-            # Unlike imread, imdecode insists on the two bytes that are the end of a JPEG.
-            file_bytes += b'\xff\xd9'
         img = cv2.imdecode(np.frombuffer(file_bytes, dtype=np.uint8), cv2.IMREAD_COLOR)
-    except (OSError, cv2.error):
+    except cv2.error:
+        # An empty file, or one with more pixels than OpenCV accepts.
         return None
     if img is None:
         return None
     return cv2.resize(img, (image_size, image_size))
 
 
-def list_images(path):
+def in_threads(function, items, title):
+    """Yields function(item) for each item, in order. Several threads call the function at the same
+    time, and on a terminal a progress bar shows how many calls are done."""
+    # Threads are enough, as OpenCV lets other threads run while it decodes.
+    with ThreadPoolExecutor(min(core_count(), 8)) as threads:
+        try:
+            results = threads.map(function, items)
+            # disable=None: no progress bar if stderr is not a terminal.
+            yield from tqdm(results, title, len(items), leave=False, disable=None)
+        finally:
+            # After Ctrl-C, only the calls that have begun are waited for.
+            threads.shutdown(cancel_futures=True)
+
+
+def core_count():
+    """How many CPU cores this process may use: Slurm and Docker may allow fewer than there are."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    # On Windows and macOS, all of them.
+    return os.cpu_count()
+
+
+# What is wrong with a file that cannot be used, and what to do.
+NO_IMAGE = 'cannot be read as an image; repair, rename or delete it'
+NO_LABEL = ('is not the folder of a class in training, nor a photograph with a label in front of '
+            f'its name, as 3_17.jpg (0 to {len(CLASSES) - 1}); rename or move it')
+
+
+def refuse(files, problem):
+    """Raises UserError if there are files with a problem. The message names them, but at most ten.
+
+    problem: what follows the name of such a file in a sentence.
+    """
+    if len(files) == 1:
+        raise UserError(f'{files[0]} {problem}')
+    if files:
+        lines = [f'{len(files)} files, each of which {problem}:', *map(str, files[:10])]
+        if len(files) > 10:
+            lines.append(f'and {len(files) - 10} more')
+        raise UserError('\n  '.join(lines))
+
+
+# ---- The data folder -------------------------------------------------------------------------
+
+README = 'food-11/README.md says where to get photographs, and how to arrange them'
+
+
+def find_photographs(data_dir):
+    """Finds the photographs in a data folder such as ./food-11. It holds either
+
+    - training and validation, with photographs whose names begin with the label, as 3_17.jpg;
+    - training and validation, with a folder for each class in both; or
+    - a folder for each class. Then the photographs' names decide which fifth is for validation.
+
+    Returns classes, the names of the labels 0, 1, ...; and train_files and val_files, sorted lists
+    of pairs (file, label). Raises UserError if the folder holds something else.
+    """
+    data_dir = Path(data_dir)
+    if not os.path.exists(data_dir):
+        raise UserError(f'there is no folder {data_dir.absolute()}: --data-dir names another '
+                        f'place; {README}')
+    train_dir, val_dir = data_dir / 'training', data_dir / 'validation'
+    # lexists: what is there, but cannot be read, is not left out. list_images says why it cannot.
+    if os.path.lexists(train_dir) and os.path.lexists(val_dir):
+        classes = class_folders(train_dir)
+        if not classes:
+            # The photographs lie in training itself.
+            classes = CLASSES
+        refuse_unless_classes(classes, train_dir)
+        return classes, all_labelled(train_dir, classes), all_labelled(val_dir, classes)
+
+    refuse_misplaced(data_dir)
+    classes = class_folders(data_dir)
+    refuse_unless_classes(classes, data_dir)
+    train_files, val_files = [], []
+    for file, label in all_labelled(data_dir, classes):
+        if is_for_validation(file, data_dir):
+            val_files.append((file, label))
+        else:
+            train_files.append((file, label))
+    refuse_too_few(train_files, val_files, classes)
+    return classes, train_files, val_files
+
+
+def list_images(folder):
     """The photographs in a folder, and in the folders within it, as sorted Paths.
 
-    If nobody has divided the photographs into training and validation, food-11/training and
-    food-11/validation stand for parts of those in food-11. Raises UserError if there are none.
+    Raises UserError if there are none, or if one of the folders cannot be listed.
     """
-    path = Path(path)
-    # There is no food-11/training: then it stands for four fifths of what is in food-11.
-    is_part = path.name in ('training', 'validation')
-    if is_part and not path.is_dir() and not is_divided(path.parent):
-        return every_fifth(list_images(path.parent), path.name)
+    def refuse_folder(error):
+        raise UserError(f'cannot list the folder {error.filename}: {error.strerror}')
+
+    folder = Path(folder)
     image_files = []
-    # os.walk, because Path.rglob does not follow links to folders.
-    for folder, _, names in os.walk(path, followlinks=True):
-        image_files += [Path(folder, name) for name in names]
-    image_files = [file for file in image_files if is_image(file.relative_to(path))]
+    # os.walk, because Path.rglob leaves out what it cannot list.
+    for parent, folders, names in os.walk(folder, onerror=refuse_folder, followlinks=True):
+        folders[:] = [name for name in folders
+                      if not is_hidden(name) and not leads_back(Path(parent, name))]
+        image_files += [Path(parent, name) for name in names if is_image(name)]
     if not image_files:
-        raise UserError(f'no photographs in {path.absolute()}: food-11/README.md says where to get '
-                        'those of food-11, and how to arrange photographs')
+        raise UserError(f'no photographs in {folder.absolute()}; {README}')
     # Sorted as texts, as in the book. Windows would sort paths without regard to case.
-    return sorted(image_files, key=str)
+    return sorted(image_files, key=Path.as_posix)
 
 
-def is_divided(folder):
-    """Whether the photographs in a data folder are divided into training and validation."""
-    return os.path.isdir(os.path.join(folder, 'training'))
+def is_hidden(name):
+    """Whether the name of a file or folder is that of something which systems keep for
+    themselves."""
+    # Beginnings of hidden names on Linux, macOS, Synology's disks, Linux disks, Windows disks.
+    return name.startswith(('.', '__MACOSX', '@eaDir', 'lost+found', '$RECYCLE.BIN',
+                            'System Volume Information'))
 
 
-def every_fifth(image_files, part):
-    """Divides photographs: every fifth is for 'validation', the others are for 'training'."""
-    if len(image_files) < 5:
-        raise UserError(f'{len(image_files)} photographs are too few to divide, for example '
-                        f'{image_files[0]}: at least 5 are needed')
-    if part == 'validation':
-        return image_files[4::5]
-    return [file for i, file in enumerate(image_files) if i % 5 != 4]
-
-
-def is_image(file):
-    """Whether a file is to be read as a photograph: not if it is hidden, or of another kind.
+def is_image(name):
+    """Whether a file of this name is to be read as a photograph.
 
     A list of the endings that photographs have would leave out some, and nobody would notice.
     """
-    # The first characters of hidden files and folders on Linux, macOS and Synology's disks.
-    hidden = ('.', '__MACOSX', '@eaDir')
     # Notes and tables of people, and what Windows leaves behind.
     other_kinds = ('.csv', '.db', '.ini', '.json', '.md', '.txt')
-    if any(part.startswith(hidden) for part in file.parts):
-        return False
-    return file.suffix.lower() not in other_kinds
+    return not is_hidden(name) and not name.lower().endswith(other_kinds)
 
 
-def label_of(file, path, classes):
-    """The label of a photograph in the folder `path`, or None if it has none.
+def leads_back(folder):
+    """Whether a folder is a link to one that holds it, so that reading would never end."""
+    target = folder.resolve()
+    return any(holder.resolve().is_relative_to(target) for holder in folder.parents)
 
-    That of path/Egg/17.jpg is the position of Egg in `classes`. That of path/3_17.jpg is 3, if the
-    classes are those of food-11.
+
+def readable(name):
+    """The name of a file or folder as a text that can be compared, drawn and printed.
+
+    macOS writes é, 김치 and パン with other characters than Windows does: NFC makes them the same.
+    Bytes that are not UTF-8, as in zip files from a Chinese Windows, become \\x and their number.
     """
-    *folders, name = Path(os.path.relpath(file, path)).parts
-    # If the photographs are not divided, they are beside path: in ../Egg.
-    folders = [folder for folder in folders if folder != '..']
-    if folders:
-        if folders[0] in classes:
-            return classes.index(folders[0])
-        return None
-    # The book's code expects 3_17.jpg, its text says 3-17.jpg.
-    match = re.match('([0-9]+)[_-]', name)
-    if match and is_food11(classes) and int(match.group(1)) < len(classes):
-        return int(match.group(1))
-    return None
+    text = os.fsencode(name).decode(errors='backslashreplace')
+    return unicodedata.normalize('NFC', text)
 
 
-def is_food11(classes):
-    """Whether these are CLASSES, or Kaggle's folders of them: Noodles-Pasta, Vegetable-Fruit."""
-    return classes in (CLASSES, [name.replace('/', '-') for name in CLASSES])
+def class_folders(folder):
+    """The sorted names of the folders with photographs in a folder, as torchvision's ImageFolder
+    has them."""
+    return sorted({readable(file.relative_to(folder).parts[0]) for file in list_images(folder)
+                   if file.parent != folder})
 
 
-def bad_files_message(bad_files):
-    """What to tell the user about files that cannot be used. bad_files: texts 'file: reason'."""
-    if len(bad_files) == 1:
-        return f'{bad_files[0]}; repair, rename or delete this file'
-    lines = [f'{len(bad_files)} files cannot be used; repair, rename or delete them:']
-    lines += bad_files[:10]
-    if len(bad_files) > 10:
-        lines.append(f'and {len(bad_files) - 10} more')
-    return '\n  '.join(lines)
+def labelled_files(folder, classes):
+    """The photographs in a folder as pairs (file, label), sorted by file.
 
-
-def find_classes(folder):
-    """The names of the classes of the photographs in a data folder such as ./food-11.
-
-    If the photographs are in folders, these are the sorted names of the folders, as in
-    torchvision's ImageFolder; if they lie in training itself, they are CLASSES. Raises UserError if
-    it is not a data folder.
+    The label of Egg/17.jpg is the position of Egg in `classes`. That of 3_17.jpg is 3, if the
+    classes are CLASSES. The label of a photograph that has none is None.
     """
-    train_dir = Path(folder)
-    if is_divided(folder):
-        train_dir = train_dir / 'training'
-    names = {file.relative_to(train_dir).parts[0] for file in list_images(train_dir)
-             if file.parent != train_dir}
-    if is_divided(folder) and not names:
-        return CLASSES
-    refuse_wrong_folder(folder, names)
-    return sorted(names)
+    files = []
+    for file in list_images(folder):
+        label = None
+        *folders, name = file.relative_to(folder).parts
+        # The book's code expects 3_17.jpg, its text says 3-17.jpg. But 01-05-2021.jpg is a date.
+        number = re.match('([0-9]+)[_-](?![0-9]+[_-])', name)
+        if folders:
+            if readable(folders[0]) in classes:
+                label = classes.index(readable(folders[0]))
+        elif classes == CLASSES and number and int(number[1]) < len(classes):
+            label = int(number[1])
+        files.append((file, label))
+    return files
 
 
-def refuse_wrong_folder(folder, names):
-    """Raises UserError if the folders with these names are no classes. It says which data folder
-    was probably meant."""
-    here = Path(folder).resolve()
-    if is_divided(folder):
-        if len(names) == 1:
-            raise UserError(f'{here} has only one class for training: {", ".join(names)}')
-        return
-    # Too high up: training, or the only folder with photographs, is further down.
-    meant = [training.parent for training in (*here.glob('*/training'), *here.glob('*/*/training'))]
-    if len(names) == 1 and any(path.is_dir() for path in (here / min(names)).iterdir()):
-        meant.append(here / min(names))
-    # Too deep: food-11/training, or food-11/training/Egg.
+def all_labelled(folder, classes):
+    """The same as labelled_files, but raises UserError if a photograph has no label."""
+    folder = Path(folder)
+    files = labelled_files(folder, classes)
+    # What is in a folder that is no class is named by this folder.
+    unlabelled = {folder / file.relative_to(folder).parts[0]
+                  for file, label in files if label is None}
+    refuse(sorted(unlabelled), NO_LABEL)
+    return files
+
+
+def is_for_validation(file, data_dir):
+    """Whether a photograph that nobody has assigned to training or validation is for validation.
+
+    As only its own name decides, adding or removing other photographs changes nothing.
+    """
+    name = readable(file.relative_to(data_dir).as_posix())
+    # A number that looks random, but is always the same for a name.
+    number = int(hashlib.sha256(name.encode()).hexdigest(), 16)
+    return number % 5 == 4
+
+
+def refuse_misplaced(data_dir):
+    """Raises UserError if the data folder is further down, as after unpacking a zip file into a
+    folder of its own, or one level further up."""
+    here = data_dir.resolve()
+    inside = [path.parent for path in (*here.glob('*/training'), *here.glob('*/*/training'))]
     if here.name in ('training', 'validation'):
-        meant.append(here.parent)
-    if here.parent.name in ('training', 'validation') and not names:
-        meant.append(here.parent.parent)
-    if meant:
-        raise UserError(f'{here} does not hold the folders training and validation, nor a folder '
-                        f'for each class: did you mean --data-dir "{meant[0]}"?')
-    if len(names) < 2 or {'train', 'training', 'validation'} & {name.lower() for name in names}:
-        raise UserError(f'{here} should hold two folders called training and validation, or a '
-                        'folder for each of at least two classes: see food-11/README.md')
+        inside.append(here.parent)
+    for folder in inside:
+        if (folder / 'training').is_dir() and (folder / 'validation').is_dir():
+            raise UserError(f'{here} does not hold the folders training and validation: did you '
+                            f'mean --data-dir "{folder}"?')
+
+
+def refuse_unless_classes(classes, folder):
+    """Raises UserError if the names of the folders in `folder` cannot be those of classes."""
+    if len(classes) >= 2 and not all(is_part(name) for name in classes):
+        return
+    found = ', '.join(classes[:10]) or 'none'
+    raise UserError(f'a data folder holds the folders training and validation, or a folder for '
+                    f'each of at least two classes; the folders with photographs in '
+                    f'{folder.absolute()} are: {found}; {README}')
+
+
+def is_part(name):
+    """Whether a folder's name is that of a part of a data set: train, seg_test, 验证集, ..."""
+    part = ('(train|training|val|valid|validation|test|testing|eval|evaluation|dev|pred|labell?ed|'
+            'unlabell?ed)(set|data|images)?')
+    if re.search('训练|验证|测试|訓練|驗證|測試', name):
+        return True
+    return any(re.fullmatch(part, word) for word in re.findall('[a-z]+', name.lower()))
+
+
+def refuse_too_few(train_files, val_files, classes):
+    """Raises UserError if a class has no photographs for training, or none are for validation."""
+    trained = {label for _, label in train_files}
+    lacking = [f'training of {name}' for label, name in enumerate(classes) if label not in trained]
+    if not val_files:
+        lacking.append('validation')
+    if lacking:
+        raise UserError('too few photographs: their names choose a fifth for validation, and there '
+                        f'are none for {", ".join(lacking[:10])}; add some, or divide them into '
+                        'the folders training and validation yourself')
 
 
 # ---- Dataset and transforms ------------------------------------------------------------------
@@ -326,7 +415,7 @@ def show_classes(figure, train_set, classes):
             axes = cells[row, label]
             axes.set_axis_off()
             # Long names are written on several lines.
-            title = f'{label}\n' + name.replace(' ', '\n').replace('/', '/\n')
+            title = f'{label}\n' + name.replace(' ', '\n').replace('-', '-\n')
             if row > 0:
                 title = ''
             indices = torch.nonzero(train_set.y == label)
@@ -339,47 +428,74 @@ def show_classes(figure, train_set, classes):
 def show_preview(train_set, index, classes, file=None):
     """Shows a sample and all classes in a window, or writes them into `file` as a picture.
 
-    Without a display, the picture is written into chapter2_1_data.png.
+    Where no window can be made, the picture is written into chapter2_1_data.png.
     """
-    prepare_matplotlib()
-    from matplotlib import pyplot as plt
-    figure = plt.figure(figsize=(12.6, 4.6), layout='constrained')  # inches
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.9))
-    label = train_set.y[index].item()
-    show_sample(left.subplots(), train_set, index, f'train_set[{index}]\n{label}: {classes[label]}')
-    show_classes(right, train_set, classes)
-    # matplotlib knows no framework for windows if there is no display.
-    has_display = figure.canvas.required_interactive_framework is not None
-    if file is None and has_display:
-        plt.show()
-        return
-    file = Path(file or 'chapter2_1_data.png')
-    try:
-        # Without a format, savefig would add .png to a name that has no ending.
-        figure.savefig(file, dpi=100, format=file.suffix[1:] or 'png')
-    except (OSError, ValueError) as error:
-        # ValueError: the name ends in something that is no format of pictures.
-        raise UserError(f'cannot write the picture {file}: {error}') from None
+    size = {'figsize': (12.6, 4.6), 'layout': 'constrained'}  # inches
+    with picture_settings():
+        from matplotlib import pyplot as plt
+        from matplotlib.figure import Figure
+        window = None
+        if file is None:
+            window = make_window(size)
+        figure = window or Figure(**size)
+        left, right = figure.subfigures(1, 2, width_ratios=(1, 2.9))
+        label = train_set.y[index].item()
+        title = f'train_set[{index}]\n{label}: {classes[label]}'
+        show_sample(left.subplots(), train_set, index, title)
+        show_classes(right, train_set, classes)
+        if window is not None:
+            # block: also in IPython, where show would return at once.
+            plt.show(block=True)
+            plt.close(window)
+            return
+        file = Path(file or 'chapter2_1_data.png')
+        try:
+            # Without a format, savefig would add .png to a name that has no ending.
+            figure.savefig(file, dpi=100, format=file.suffix[1:] or 'png')
+        except (OSError, ValueError) as error:
+            # ValueError: the name ends in something that is no format of pictures.
+            raise UserError(f'cannot write the picture {file}: {error}') from None
     print(f'picture written to {file.absolute()}')
 
 
-def prepare_matplotlib():
-    """To be called before the first picture is drawn. Imports matplotlib, which is not imported
-    at the top of the scripts, as its import fails if the backend is missing."""
+def make_window(size):
+    """A matplotlib figure in a window, or None if no window can be made here. size: its options."""
+    from matplotlib import pyplot as plt
+    reasons = [ImportError]
+    with contextlib.suppress(ImportError):
+        from tkinter import TclError
+        reasons.append(TclError)
+    with contextlib.suppress(*reasons):
+        figure = plt.figure(**size)
+        # matplotlib knows no framework for windows if there is no display.
+        if figure.canvas.required_interactive_framework is not None:
+            return figure
+        plt.close(figure)
+    return None
+
+
+@contextlib.contextmanager
+def picture_settings():
+    """matplotlib's settings for our pictures, within a with-block. All pictures are drawn in one.
+
+    matplotlib is not imported at the top of the scripts, as that fails if the backend is missing.
+    """
     # The backend is what shows pictures. A script that a notebook has started with ! inherits the
     # notebook's, a module that may be missing where the script runs.
     backend = os.environ.get('MPLBACKEND', '')
     module = backend.removeprefix('module://').split('.')[0]
     if backend == 'inline' or (backend.startswith('module://') and not find_spec(module)):
         del os.environ['MPLBACKEND']
-    from matplotlib import font_manager, rcParams
-    # A $ in the name of a class or a file is a $, and does not begin a formula.
-    rcParams['text.parse_math'] = False
-    # For Chinese names of classes and files: those of these fonts that are installed.
+    from matplotlib import font_manager, rc_context
     installed = {font.name for font in font_manager.fontManager.ttflist}
+    # For Chinese names of classes and files: those of these fonts that are installed.
     fonts = ['Microsoft YaHei', 'SimHei', 'PingFang SC', 'Arial Unicode MS', 'Noto Sans CJK SC',
              'Noto Sans CJK JP', 'WenQuanYi Zen Hei']
-    rcParams['font.family'] = ['sans-serif', *[font for font in fonts if font in installed]]
+    with rc_context({
+            'font.family': ['sans-serif', *[font for font in fonts if font in installed]],
+            # A $ in the name of a class or a file is a $, and does not begin a formula.
+            'text.parse_math': False}):
+        yield
 
 
 def print_counts(train_y, val_y, classes):
@@ -388,28 +504,25 @@ def print_counts(train_y, val_y, classes):
     for label, name in enumerate(classes):
         print(f'{label:>3} {name:<20} {(train_y == label).sum():>8} {(val_y == label).sum():>10}')
     print(f'{"total":<24} {len(train_y):>8} {len(val_y):>10}')
-    # CLASSES may have been edited for other photographs.
-    if is_food11(classes) and 'Bread' in classes and (len(train_y), len(val_y)) != (9866, 3430):
+    # 'Bread': CLASSES may have been edited for other photographs.
+    if classes == CLASSES and 'Bread' in classes and (len(train_y), len(val_y)) != (9866, 3430):
         print('the complete food-11 has 9866 training and 3430 validation photographs')
 
 
-def print_repeated(train_x, train_y, val_x, val_y, files):
-    """Says how many photographs are both in training and in validation, or have two labels.
-
-    They make the validation accuracy too high, or too low. files: those of train_x and val_x.
-    """
-    labels = np.concatenate([train_y, val_y])
-    # For each different image, the positions at which it stands: first those in train_x.
-    positions = defaultdict(list)
-    for i, img in enumerate([*train_x, *val_x]):
-        positions[hash(img.tobytes())].append(i)
-    in_both = [same for same in positions.values() if same[0] < len(train_x) <= same[-1]]
-    two_labels = [same for same in positions.values() if len(set(labels[same])) > 1]
-    for repeated, what in ((in_both, 'both in training and in validation'),
-                           (two_labels, 'under more than one label')):
-        if repeated:
-            example = ' and '.join(str(files[i]) for i in repeated[0])
-            print(f'note: photographs that are {what}: {len(repeated)}, for example {example}')
+def print_repeated(train_x, train_files, val_x, val_files):
+    """Says which photographs make the validation accuracy wrong, as the same one is there again:
+    for training and for validation, or with another label."""
+    first_places = {}
+    repeated = []
+    for part, x, files in (('training', train_x, train_files), ('validation', val_x, val_files)):
+        for img, (file, label) in zip(x, files):
+            place = (part, label, file)
+            first_place = first_places.setdefault(hash(img.tobytes()), place)
+            if first_place[:2] != place[:2]:
+                repeated.append(f'{first_place[2]} and {file}')
+    if repeated:
+        print('note: the same photograph is both for training and for validation, or has two '
+              f'labels: {len(repeated)} times, for example {repeated[0]}')
 
 
 # ---- The script ------------------------------------------------------------------------------
@@ -430,16 +543,12 @@ def main(arguments=None):
         folder = demo_dir
         make_demo()
 
-    classes = find_classes(folder)
-    train_dir = os.path.join(folder, 'training')
-    val_dir = os.path.join(folder, 'validation')
-    train_x, train_y = readfile(train_dir, classes)
-    val_x, val_y = readfile(val_dir, classes)
+    classes, train_files, val_files = find_photographs(folder)
+    train_x, train_y = readfile(train_files)
+    val_x, val_y = readfile(val_files)
     print(train_x.shape)
-    if not is_divided(folder):
-        print(f'{folder} has no folder training: every fifth photograph is for validation')
     print_counts(train_y, val_y, classes)
-    print_repeated(train_x, train_y, val_x, val_y, list_images(train_dir) + list_images(val_dir))
+    print_repeated(train_x, train_files, val_x, val_files)
 
     train_set = ImgDataset(train_x, train_y, train_transform)
     val_set = ImgDataset(val_x, val_y, test_transform)
@@ -461,7 +570,8 @@ def add_data_arguments(parser):
     where = parser.add_mutually_exclusive_group()
     where.add_argument('--data-dir', type=os.path.expanduser, metavar='DIR', default=data_dir,
                        help='folder that holds training/ and validation/, or a folder for each '
-                       'class (default: %(default)s)')
+                       'class, of which a fifth of the photographs, chosen by their names, is for '
+                       'validation (default: %(default)s)')
     where.add_argument('--demo', action='store_true',
                        help=f'draw a small food-11 into {demo_dir}, and use it')
 
@@ -477,13 +587,17 @@ def run_script(main):
     """Calls the main function of a script. A mistake of the user ends in one line on stderr."""
     # If stdout goes into a file on Windows, its encoding may lack characters of a path.
     sys.stdout.reconfigure(errors='backslashreplace')
+    # SIGTERM, with which systems end a program, does what Ctrl-C does.
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except UserError as error:
-        sys.exit(f'error: {error}')
+        sys.exit(f'error: {readable(str(error))}')
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(130)  # the usual status after Ctrl-C
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 if __name__ == '__main__':

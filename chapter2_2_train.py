@@ -27,7 +27,6 @@ import math
 import os
 import pickle
 import re
-import signal
 import struct
 import sys
 import tempfile
@@ -45,10 +44,10 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.functional import convert_image_dtype
 from tqdm import tqdm
 
-from chapter2_1_data import (ImgDataset, UserError, add_data_arguments, bad_files_message,
-                             batch_size, better_transform, demo_dir, find_classes, image_size,
-                             is_divided, label_of, list_images, make_demo, prepare_matplotlib,
-                             read_images, readfile, run_script, test_transform,
+from chapter2_1_data import (NO_IMAGE, ImgDataset, UserError, add_data_arguments, batch_size,
+                             better_transform, core_count, demo_dir, find_photographs, image_size,
+                             in_threads, labelled_files, make_demo, picture_settings, read_image,
+                             readable, readfile, refuse, run_script, test_transform,
                              train_transform)
 
 num_epoch = 100
@@ -272,15 +271,11 @@ def main(arguments=None):
         say(f'the folder of the run is {folder}')
 
         # The data (section 2.2)
-        classes = find_classes(args.data_dir)
-        train_dir = os.path.join(args.data_dir, 'training')
-        val_dir = os.path.join(args.data_dir, 'validation')
-        train_x, train_y = readfile(train_dir, classes)
-        val_x, val_y = readfile(val_dir, classes)
-        # The names of the photographs in val_x, for mistakes.png.
-        val_files = list_images(val_dir)
-        if not is_divided(args.data_dir):
-            say(f'{args.data_dir} has no folder training: every fifth photograph is for validation')
+        classes, train_files, val_files = find_photographs(args.data_dir)
+        say(f'{len(classes)} classes, {len(train_files)} photographs for training, '
+            f'{len(val_files)} for validation')
+        train_x, train_y = readfile(train_files)
+        val_x, val_y = readfile(val_files)
         train_set = ImgDataset(train_x, train_y, train_transform)
         val_set = ImgDataset(val_x, val_y, test_transform)
         if args.recipe == 'better':
@@ -309,16 +304,22 @@ def main(arguments=None):
                 'images, and label smoothing makes this loss larger still')
 
         autocast, scaler = mixed_precision(device, dtype)
-        photographs = f'{len(train_x)} training and {len(val_x)} validation photographs'
-        history, best_acc, best_model = [], -1, None
+        photographs = {'training': checksum(train_files, args.data_dir),
+                       'validation': checksum(val_files, args.data_dir)}
+        history, best_acc, best_epoch, best_model = [], -1, None, None
         if checkpoint is not None:
             restore(model, optimizer, scaler, checkpoint, folder / 'last.pt', classes)
             history, best_model = checkpoint['history'], checkpoint['best_model']
-            best_acc = max(row['val_acc'] for row in history)
+            best_epoch = checkpoint['best_epoch']
+            best_acc = history[best_epoch - 1]['val_acc']
             say(f'resumed from epoch {len(history)} in {folder}')
-            if photographs != checkpoint['photographs']:
-                say(f'the photographs have changed: {checkpoint["photographs"]} then, '
-                    f'{photographs} now')
+            if photographs['training'] != checkpoint['photographs']['training']:
+                say('the photographs for training have changed since then')
+            if photographs['validation'] != checkpoint['photographs']['validation']:
+                say('the photographs for validation have changed since then: the best epoch is '
+                    'chosen anew')
+                best_acc, best_epoch = -1, len(history)
+                best_model = copy.deepcopy(model.state_dict())
         # The same network; with several processes, wrapped.
         parallel_model = parallel(model)
 
@@ -353,14 +354,15 @@ def main(arguments=None):
             history.append({'epoch': epoch, 'seconds': seconds, 'train_acc': train_acc,
                             'train_loss': train_loss, 'val_acc': val_acc, 'val_loss': val_loss})
             if val_acc > best_acc:
-                best_acc, best_model = val_acc, copy.deepcopy(model.state_dict())
+                best_acc, best_epoch = val_acc, epoch
+                best_model = copy.deepcopy(model.state_dict())
 
             save_now = epoch == num_epoch or time.monotonic() - saved_time >= save_seconds
             if rank == 0 and save_now:
                 save_run(folder, {
                     'model': model.state_dict(), 'best_model': best_model,
                     'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-                    'history': history, 'photographs': photographs,
+                    'history': history, 'best_epoch': best_epoch, 'photographs': photographs,
                     'options': {name: getattr(args, name) for name in saved_options},
                     # What must be the same when the weights are used again:
                     'required': requirements(model, classes)})
@@ -372,9 +374,9 @@ def main(arguments=None):
             probabilities = predict_probabilities(model, val_x, batch_size, autocast)
             counts = count_predictions(val_y, probabilities)
             print_accuracies(counts, classes, 'with the best weights')
-            write_figure(folder / 'confusion.png', draw_confusion(counts, classes))
-            write_figure(folder / 'mistakes.png',
-                         draw_mistakes(val_x, val_y, val_files, probabilities, classes))
+            write_figure(folder / 'confusion.png', draw_confusion, counts, classes)
+            write_figure(folder / 'mistakes.png', draw_mistakes, val_x, val_files, probabilities,
+                         classes)
     if world_size > 1:
         # Without this pause, PyTorch 2.6 on CPUs sometimes waits for itself forever.
         time.sleep(1)
@@ -550,7 +552,7 @@ def pick_workers(wanted, device):
         # On Windows each worker reserves gigabytes of the page file.
         return 2
     processes_here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    return min(os.cpu_count() // processes_here, 8)
+    return min(core_count() // processes_here, 8)
 
 
 # ---- Several processes, started by torchrun --------------------------------------------------
@@ -645,8 +647,6 @@ def open_run(out, resume, rank):
     folder = make_folder(out)
     with locked(folder):
         checkpoint = find_checkpoint(folder, resume)
-        # SIGTERM, with which systems end a program, does what Ctrl-C does.
-        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             yield folder, checkpoint
         except UserError:
@@ -660,7 +660,6 @@ def open_run(out, resume, rank):
                                 f'{str(error).splitlines()[0]}') from None
             raise
         finally:
-            signal.signal(signal.SIGTERM, handler)
             # An empty folder is not left behind.
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -749,7 +748,7 @@ def write_results(folder, checkpoint):
     table.writeheader()
     table.writerows(history)
     write_text(folder / 'history.csv', text.getvalue())
-    write_figure(folder / 'curves.png', draw_curves(history))
+    write_figure(folder / 'curves.png', draw_curves, history, checkpoint['best_epoch'])
     settings = {**checkpoint['options'], 'classes': checkpoint['required']['classes']}
     write_text(folder / 'settings.json', json.dumps(settings, indent=1, ensure_ascii=False) + '\n')
 
@@ -807,10 +806,11 @@ def write_text(path, text):
     write(path, text.encode(errors='surrogateescape'))
 
 
-def write_figure(path, figure):
-    """Writes a matplotlib figure as a PNG file, as `write` does."""
+def write_figure(path, draw, *arguments):
+    """Writes the matplotlib figure draw(*arguments) as a PNG file, as `write` does."""
     content = io.BytesIO()
-    figure.savefig(content, format='png')
+    with picture_settings():
+        draw(*arguments).savefig(content, format='png')
     write(path, content.getvalue())
 
 
@@ -825,18 +825,22 @@ def write_checkpoint(path, checkpoint):
 def load_checkpoint(path):
     """Reads a checkpoint into the CPU's memory. Program code in it is not executed.
 
-    Raises UserError if it is missing, corrupt, or not a checkpoint of this script.
+    Raises UserError if it is missing, corrupt, or not a checkpoint of this script, or with the
+    system's reason if the system does not let it be read.
     """
-    if not os.path.isfile(path):
-        raise UserError(f'there is no {path}: is {os.path.dirname(path)} the folder of a run that '
-                        'has saved a checkpoint?')
     try:
-        with open(path, 'rb') as file:
-            # A checkpoint is a zip file, but PyTorch does not check the checksums in it.
-            if zipfile.ZipFile(file).testzip() is not None:
-                raise zipfile.BadZipFile
-            file.seek(0)
-            checkpoint = torch.load(file, weights_only=True, map_location='cpu')
+        content = io.BytesIO(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f'there is no {path}: is {os.path.dirname(path)} the folder of a run that '
+                        'has saved a checkpoint?') from None
+    except OSError as error:
+        raise UserError(f'cannot read {path}: {error.strerror}') from None
+    try:
+        # A checkpoint is a zip file, but PyTorch does not check the checksums in it.
+        if zipfile.ZipFile(content).testzip() is not None:
+            raise zipfile.BadZipFile
+        content.seek(0)
+        checkpoint = torch.load(content, weights_only=True, map_location='cpu')
     except (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, RuntimeError,
             ValueError, LookupError, EOFError, OSError) as error:
         # zipfile and torch.load raise any of these if a bit of the file is wrong.
@@ -846,6 +850,13 @@ def load_checkpoint(path):
         raise UserError(f'{path} is incompatible: not a checkpoint of this version of the script; '
                         'start a new run in a different folder')
     return checkpoint
+
+
+def checksum(files, data_dir):
+    """A text that is different if the names or the labels of photographs are different."""
+    names = sorted((readable(file.relative_to(data_dir).as_posix()), label)
+                   for file, label in files)
+    return hashlib.sha256(repr(names).encode()).hexdigest()
 
 
 def requirements(model, classes):
@@ -906,25 +917,24 @@ def load_model(path, device):
 
 def new_figure(width, height):
     """An empty matplotlib figure; width and height in inches."""
-    prepare_matplotlib()
     from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout='constrained')
 
 
-def draw_curves(history):
+def draw_curves(history, best_epoch):
     """curves.png: accuracy and loss over the epochs, with the best epoch marked."""
     figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
     epochs = [row['epoch'] for row in history]
-    best = max(history, key=lambda row: row['val_acc'])
+    best = history[best_epoch - 1]
     for axes, name, title in ((left, 'acc', 'accuracy'), (right, 'loss', 'mean loss per image')):
         best_value = best[f'val_{name}']
         axes.plot(epochs, [row[f'train_{name}'] for row in history], marker='.',
                   label='training, augmented images')
         axes.plot(epochs, [row[f'val_{name}'] for row in history], marker='.', label='validation')
-        axes.axvline(best['epoch'], color='grey', linestyle=':',
-                     label=f'best: epoch {best["epoch"]}, {best_value:.3f}')
-        axes.plot(best['epoch'], best_value, 'o', color='C1')
+        axes.axvline(best_epoch, color='grey', linestyle=':',
+                     label=f'best: epoch {best_epoch}, {best_value:.3f}')
+        axes.plot(best_epoch, best_value, 'o', color='C1')
         axes.set_title(title)
         axes.set_xlabel('epoch')
         axes.set_xlim(0, epochs[-1] + 1)
@@ -981,15 +991,19 @@ def draw_images(images, titles, columns, heading):
     return figure
 
 
-def draw_mistakes(val_x, val_y, val_files, probabilities, classes):
-    """mistakes.png: the 24 wrong predictions with the highest probabilities."""
+def draw_mistakes(val_x, val_files, probabilities, classes):
+    """mistakes.png: the 24 wrong predictions with the highest probabilities.
+
+    val_files: pairs (file, label).
+    """
+    val_y = np.array([label for _, label in val_files])
     predicted = probabilities.argmax(1)
     confidence = probabilities.max(1)
     wrong = np.flatnonzero(predicted != val_y)
     most_confident_first = np.argsort(-confidence[wrong], kind='stable')
     wrong = wrong[most_confident_first][:24]
-    titles = [f'{val_files[i].name}\n{classes[val_y[i]]}\npredicted:\n{classes[predicted[i]]} '
-              f'{confidence[i]:.0%}' for i in wrong]
+    titles = [f'{readable(val_files[i][0].name)}\n{classes[val_y[i]]}\npredicted:\n'
+              f'{classes[predicted[i]]} {confidence[i]:.0%}' for i in wrong]
     heading = 'the most confident mistakes on the validation images'
     if len(wrong) == 0:
         heading = 'no mistakes on the validation images'
@@ -1048,15 +1062,15 @@ def use_run(args):
     if args.dreams:
         images, probabilities = dream(model, len(classes))
         titles = [f'{name}\n{y:.1%}' for name, y in zip(classes, probabilities)]
-        write_figure(folder / 'dreams.png',
-                     draw_images(images, titles, 6, 'what the classes look like to the network'))
+        write_figure(folder / 'dreams.png', draw_images, images, titles, 6,
+                     'what the classes look like to the network')
         print(f'picture written to {folder / "dreams.png"}')
     if args.features:
         path = find_paths(args.features)[0]
-        image, = read_images([path])
+        image = read_image(path)
         if image is None:
-            raise UserError(f'{path}: cannot be read as an image')
-        write_figure(folder / 'features.png', draw_features(model, image))
+            refuse([path], NO_IMAGE)
+        write_figure(folder / 'features.png', draw_features, model, image)
         print(f'picture written to {folder / "features.png"}')
     if args.predict:
         autocast, _ = mixed_precision(device, pick_precision(device, args.no_amp))
@@ -1072,28 +1086,27 @@ def predict(paths, model, classes, csv_file, batch_size, autocast):
     """
     bad_files = []
     for path in find_paths(paths):
-        image_files = [path]
+        files = [(path, None)]
         if path.is_dir():
-            image_files = list_images(path)
-        images = read_images(image_files)
-        bad_files += [f'{file}: cannot be read as an image'
-                      for file, img in zip(image_files, images) if img is None]
-        readable = [file for file, img in zip(image_files, images) if img is not None]
+            files = labelled_files(path, classes)
+        image_files = [file for file, _ in files]
+        images = list(in_threads(read_image, image_files, 'reading'))
+        bad_files += [file for file, img in zip(image_files, images) if img is None]
+        readable_files = [pair for pair, img in zip(files, images) if img is not None]
         images = [img for img in images if img is not None]
         if not images:
             continue
         probabilities = predict_probabilities(model, np.stack(images), batch_size, autocast)
         if path.is_dir():
-            print(f'{path}: {len(images)} of {len(image_files)} photographs predicted, in '
-                  f'{csv_file}')
-            print_test_accuracies(path, readable, probabilities, classes)
-            write_predictions(csv_file, path, readable, probabilities)
+            print(f'{readable(path)}: {len(images)} of {len(files)} photographs predicted, in '
+                  f'{readable(csv_file)}')
+            print_test_accuracies(readable_files, probabilities, classes)
+            write_predictions(csv_file, path, readable_files, probabilities)
         else:
             likeliest = np.argsort(-probabilities[0])[:3]
             names = [f'{classes[label]} {probabilities[0, label]:.1%}' for label in likeliest]
-            print(f'{path}: {", ".join(names)}')
-    if bad_files:
-        raise UserError(bad_files_message(bad_files))
+            print(f'{readable(path)}: {", ".join(names)}')
+    refuse(bad_files, NO_IMAGE)
 
 
 def find_paths(paths):
@@ -1114,21 +1127,20 @@ def find_paths(paths):
     return found
 
 
-def print_test_accuracies(folder, image_files, probabilities, classes):
-    """Prints the accuracy of each class, if the photographs have labels as those for training do.
-
-    If they do not, says so on stderr.
-    """
-    labels = [label_of(file, folder, classes) for file in image_files]
+def print_test_accuracies(files, probabilities, classes):
+    """Prints the accuracy of each class, if all of the photographs have labels. If not, says so on
+    stderr. files: pairs (file, label), the label None if it has none."""
+    labels = [label for _, label in files]
     if None in labels:
+        example, _ = files[labels.index(None)]
         print(f'no accuracy, because {labels.count(None)} of {len(labels)} photographs have no '
-              f'label, for example {image_files[labels.index(None)]}', file=sys.stderr)
+              f'label, for example {readable(example)}', file=sys.stderr)
     else:
         print_accuracies(count_predictions(labels, probabilities), classes,
                          'labels from the names')
 
 
-def write_predictions(csv_file, folder, image_files, probabilities):
+def write_predictions(csv_file, folder, files, probabilities):
     """predict.csv, as the course's Kaggle page takes it: an Id and a label for each photograph.
 
     The Id is the number that is its name (12 for 0012.jpg), or else its whole name.
@@ -1136,7 +1148,7 @@ def write_predictions(csv_file, folder, image_files, probabilities):
     text = io.StringIO()
     table = csv.writer(text, lineterminator='\n')
     table.writerow(['Id', 'Category'])
-    for file, label in zip(image_files, probabilities.argmax(1)):
+    for (file, _), label in zip(files, probabilities.argmax(1)):
         if file.stem.isdecimal() and file.parent == folder:
             table.writerow([int(file.stem), label])
         else:

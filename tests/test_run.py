@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -68,6 +69,19 @@ def replace_or_die(source, target):
     if os.path.basename(target) == 'last.pt' and now('replace'):
         os.kill(os.getpid(), 9)
 os.fsync, os.replace = fsync_or_die, replace_or_die
+'''
+
+# Sends a script a signal while it reads photographs.
+INTERRUPTER = '''
+import cv2, threading, time
+number = int(sys.argv.pop(1))
+imdecode, calls = cv2.imdecode, []
+def imdecode_and_interrupt(*arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        threading.Thread(target=lambda: (time.sleep(.02), os.kill(os.getpid(), number))).start()
+    return imdecode(*arguments)
+cv2.imdecode = imdecode_and_interrupt
 '''
 
 # At the end of a script, prints how many kB of 64 MiB of new numbers are in large pages.
@@ -253,13 +267,56 @@ def test_what_is_typed_on_resume_wins_and_the_rest_is_the_runs(small, few, copy_
     assert json.loads((copy_of_finished / 'settings.json').read_text())['lr'] == 1e-5
 
 
-def test_other_photographs_on_resume_are_counted(small, few, copy_of_finished, tmp_path):
-    shutil.copytree(few, tmp_path / 'more')
-    shutil.copy(few / 'training' / '0_0.jpg', tmp_path / 'more' / 'training' / '0_1.jpg')
-    done = small.call('--out', 'run', '--resume', '--device', 'cpu', '--data-dir', 'more')
+def test_other_photographs_on_resume_are_said(small, few, copy_of_finished, tmp_path):
+    """Equally many of them, in another place."""
+    shutil.copytree(few, tmp_path / 'moved')
+    resume = ('--out', 'run', '--resume', '--device', 'cpu', '--data-dir', 'moved')
+    done = small.call(*resume)
+    assert done.returncode == 0 and 'changed' not in done.stderr
+    file = tmp_path / 'moved' / 'training' / '0_0.jpg'
+    file.rename(file.with_name('1_1.jpg'))
+    done = small.call(*resume, '--epochs', 4)
     line = done.stderr.splitlines()[-1]
-    assert done.returncode == 0 and len(done.stderr.splitlines()) == 4
-    assert 'photographs' in line and all(count in line for count in ('10', '11'))
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 5
+    assert line == 'the photographs for training have changed since then'
+    # Now these are the run's.
+    assert 'changed' not in small.call(*resume).stderr
+
+
+def test_with_other_validation_photographs_the_best_epoch_is_chosen_anew(
+        small, few, copy_of_finished, tmp_path):
+    """All labels are wrong now, as if the old best accuracy could not be reached any more."""
+    shutil.copytree(few, tmp_path / 'other')
+    for file in (tmp_path / 'other' / 'validation').iterdir():
+        file.rename(file.with_name('3_' + file.name.replace('_', '')))
+    resume = ('--out', 'run', '--resume', '--device', 'cpu', '--lr', 0)
+    for epochs in (4, 5):
+        done = small.call(*resume, '--data-dir', 'other', '--epochs', epochs)
+        assert done.returncode == 0, done.stderr
+        assert ('validation have changed since then: the best epoch is chosen anew'
+                in done.stderr) == (epochs == 4)
+        best = checkpoint(copy_of_finished)['best_epoch']
+        assert best == 4
+        right, _ = evaluated(small, copy_of_finished, 'best.pt', tmp_path / 'other')
+        assert right == history(copy_of_finished)[3]['val_acc']
+        assert done.stdout.splitlines()[-1].split()[-1] == f'{right:.1%}'
+    # Chosen anew again, but there is nothing to train: the weights are the last ones.
+    done = small.call(*resume, '--data-dir', few)
+    assert done.returncode == 0 and 'chosen anew' in done.stderr, done.stderr
+    right, _ = evaluated(small, copy_of_finished, 'last.pt', few)
+    assert done.stdout.splitlines()[-1].split()[-1] == f'{right:.1%}'
+
+
+def test_photographs_that_have_moved(small, copy_of_finished, few):
+    last = checkpoint(copy_of_finished)
+    last['options']['data_dir'] = str(copy_of_finished / 'gone')
+    torch.save(last, copy_of_finished / 'last.pt')
+    done = small.call('--out', 'run', '--resume', '--device', 'cpu')
+    error = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and str(copy_of_finished / 'gone') in error
+    assert '--data-dir names another place' in error
+    assert small.call('--out', 'run', '--resume', '--device', 'cpu', '--data-dir',
+                      few).returncode == 0
 
 
 # ---- Stopped and killed ----------------------------------------------------------------------
@@ -280,8 +337,8 @@ def test_killed_and_resumed_ends_as_if_never_interrupted(small, forked, finished
     assert done.returncode == -signal.SIGKILL and 'resumed from epoch 1 in run' in done.output
     assert epochs_saved(out) == 2 and (out / 'last.pt.tmp').stat().st_size == 1000
     done = small.call('--out', 'run', '--resume', '--device', 'cpu')
-    assert done.returncode == 0 and len(done.stderr.splitlines()) == 3
-    assert done.stderr.splitlines()[2] == 'resumed from epoch 2 in run'
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 4
+    assert done.stderr.splitlines()[3] == 'resumed from epoch 2 in run'
     assert sorted(os.listdir(out)) == sorted(os.listdir(finished[0]))
     assert history(out) == history(finished[0])
     for name in ('last.pt', 'best.pt'):
@@ -304,11 +361,11 @@ def test_a_second_run_is_refused_and_ctrl_c_says_how_to_continue(small, few, tmp
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     lines = errors.splitlines()
-    assert process.returncode == 130 and len(lines) == 4, errors
+    assert process.returncode == 130 and len(lines) == 5, errors
     saved = epochs_saved(tmp_path / 'my run')
-    said, advised = lines[2].split('; continue with ')
+    said, advised = lines[3].split('; continue with ')
     assert saved >= 1 and said == f'my run holds the state after epoch {saved}'
-    assert lines[3] == 'interrupted'
+    assert lines[4] == 'interrupted'
     script, *advised = shlex.split(advised.removeprefix('python '))
     assert script == 'chapter2_2_train.py'
     done = small.call(*advised, '--epochs', saved, '--device', 'cpu')
@@ -319,9 +376,27 @@ def test_interrupted_before_anything_is_saved(small, few, tmp_path):
     with at_step(2, lambda: signal.raise_signal(signal.SIGTERM)):
         done = small.call('--data-dir', few, '--batch-size', 4, '--out', 'run', '--device', 'cpu')
     assert done.returncode == 130 and not (tmp_path / 'run').exists()
-    line, interrupted = done.stderr.splitlines()[2:]
+    line, interrupted = done.stderr.splitlines()[3:]
     assert line == 'nothing is saved yet'
     assert interrupted == 'interrupted'
+
+
+@LINUX
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_photographs_are_read(forked, few, copy_of_finished, tmp_path, number):
+    """Large ones, so that threads are at work when the process ends."""
+    photograph = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    jpeg = cv2.imencode('.jpg', cv2.resize(photograph, (3000, 2250)))[1].tobytes()
+    for part in ('training', 'validation'):
+        (tmp_path / 'large' / part).mkdir(parents=True)
+        for i in range(40):
+            (tmp_path / 'large' / part / f'{i % 11}_{i}.jpg').write_bytes(jpeg)
+    for arguments in (['--data-dir', 'large', '--out', 'new'],
+                      ['--out', 'run', '--predict', tmp_path / 'large' / 'training']):
+        done = forked(INTERRUPTER, int(number), *arguments, '--device', 'cpu')
+        assert done.returncode == 130, done.output
+        assert done.output.splitlines()[-1] == 'interrupted' and 'Traceback' not in done.output
+    assert not (tmp_path / 'new').exists()
 
 
 def test_interrupted_while_saving_for_the_first_time(small, few, monkeypatch):
@@ -356,7 +431,7 @@ def test_a_system_without_locks_does_not_stop_a_run(small, copy_of_finished, mon
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     monkeypatch.setattr(fcntl, 'flock', flock)
     done = small.call('--out', 'run', '--resume', '--epochs', 4, '--device', 'cpu')
-    assert done.returncode == 0 and len(done.stderr.splitlines()) == 3, done.stderr
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 4, done.stderr
     assert epochs_saved(copy_of_finished) == 4
 
 
@@ -364,7 +439,7 @@ def test_a_folder_for_temporary_files_that_does_not_work(small, few, tmp_path, m
     (tmp_path / 'file').touch()
     monkeypatch.setattr(tempfile, 'gettempdir', lambda: str(tmp_path / 'file' / 'folder'))
     done = small.call('--data-dir', few, '--epochs', 1, '--device', 'cpu')
-    assert done.returncode == 0 and len(done.stderr.splitlines()) == 2, done.stderr
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 3, done.stderr
 
 
 def test_no_folder_for_temporary_files(small, few, monkeypatch):
@@ -372,7 +447,7 @@ def test_no_folder_for_temporary_files(small, few, monkeypatch):
         raise FileNotFoundError(errno.ENOENT, 'No usable temporary directory found')
     monkeypatch.setattr(tempfile, 'gettempdir', gettempdir)
     done = small.call('--data-dir', few, '--epochs', 1, '--device', 'cpu')
-    assert done.returncode == 0 and len(done.stderr.splitlines()) == 2, done.stderr
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 3, done.stderr
 
 
 @pytest.fixture
@@ -476,7 +551,7 @@ def test_files_that_another_program_holds_open_do_not_end_the_run(
     done = small.call('--data-dir', few, '--epochs', 1, '--batch-size', 4, '--out', 'run',
                       '--device', 'cpu')
     assert done.returncode == 0
-    assert 'history.csv is in use' in done.stderr and len(done.stderr.splitlines()) == 3
+    assert 'history.csv is in use' in done.stderr and len(done.stderr.splitlines()) == 4
     assert not (tmp_path / 'run' / 'history.csv').exists()
     assert same(checkpoint(tmp_path / 'run', 'best.pt')['model'],
                 checkpoint(tmp_path / 'run')['best_model'])
@@ -539,6 +614,20 @@ def test_a_bad_checkpoint_is_named_in_one_line_and_not_executed(
     assert ('corrupt' in done.stderr) == (kind not in ('foreign', 'old version'))
     assert 'start a new run' in done.stderr
     assert not (tmp_path / 'executed').exists()
+
+
+@POSIX
+def test_a_checkpoint_that_the_system_does_not_give_is_not_called_corrupt(
+        small, copy_of_finished, few):
+    """A link to itself stands for a lack of permission, and for OneDrive."""
+    for name, use in (('last.pt', ['--resume']),
+                      ('best.pt', ['--predict', few / 'validation' / '0_0.jpg'])):
+        (copy_of_finished / name).unlink()
+        (copy_of_finished / name).symlink_to(name)
+        done = small.call('--out', 'run', '--device', 'cpu', *use)
+        assert done.returncode == 1
+        reason = os.strerror(errno.ELOOP)
+        assert done.stderr == f'error: cannot read {Path("run", name)}: {reason}\n'
 
 
 def test_best_weights_in_the_place_of_the_last_checkpoint(small, copy_of_finished):
@@ -639,7 +728,7 @@ def test_predict_names_three_classes_and_writes_kaggles_table(
     assert done.returncode == 1
     unlabelled, error = done.stderr.splitlines()
     assert unlabelled.startswith('no accuracy, because 3 of 3') and '0000.jpg' in unlabelled
-    assert error.startswith(f'error: {folder / "0001.jpg"}: ') and 'repair' in error
+    assert error.startswith(f'error: {folder / "0001.jpg"} cannot be read as an image')
     single, second, summary = done.stdout.splitlines()
     model, _ = small.train.load_model(copy_of_finished / 'best.pt', CPU)
     images = [small.data.read_image(folder / name) for name in
@@ -694,6 +783,26 @@ def test_predict_on_labelled_photographs_prints_accuracy_and_precision(
     assert lines[-1].split() == ['total', '4', str(right), f'{right / 4:.1%}']
 
 
+def test_a_run_on_the_courses_names_finds_the_labels_of_kaggles_folders(
+        small, copy_of_finished, few, tmp_path):
+    for label, name in enumerate(data.CLASSES):
+        (tmp_path / 'evaluation' / name).mkdir(parents=True)
+        if label != 3:
+            shutil.copy(few / 'validation' / f'{label}_0.jpg',
+                        tmp_path / 'evaluation' / name / '12.jpg')
+    assert 'Noodles-Pasta' in os.listdir(tmp_path / 'evaluation')
+    done = small.call('--out', 'run', '--device', 'cpu', '--predict', 'evaluation')
+    expected = small.call('--out', 'run', '--device', 'cpu', '--predict', few / 'validation')
+    assert done.returncode == 0 and done.stderr == ''
+    # The same photographs, the same table.
+    assert done.stdout.splitlines()[1:] == expected.stdout.splitlines()[1:]
+    assert done.stdout.splitlines()[-1].split()[:2] == ['total', '10']
+    # A date is no label.
+    shutil.copy(few / 'validation' / '0_0.jpg', tmp_path / 'evaluation' / '01-05-2021.jpg')
+    done = small.call('--out', 'run', '--device', 'cpu', '--predict', 'evaluation')
+    assert done.returncode == 0 and '1 of 11 photographs have no label' in done.stderr
+
+
 def test_predict_takes_one_folder_with_photographs(small, finished, tmp_path):
     (tmp_path / 'empty').mkdir()
     for folders, message in ((['empty'], 'no photographs in '),
@@ -742,7 +851,7 @@ def test_dreams_are_drawn_with_a_runs_weights(small, copy_of_finished):
 def test_the_curves_mark_the_best_epoch():
     rows = [{'epoch': epoch, 'train_acc': .1 * epoch, 'train_loss': 2., 'val_acc': acc,
              'val_loss': 1.5} for epoch, acc in ((1, .2), (2, .6), (3, .4))]
-    figure = train.draw_curves(rows)
+    figure = train.draw_curves(rows, best_epoch=2)
     assert [axes.get_title() for axes in figure.axes] == ['accuracy', 'mean loss per image']
     for axes, value in zip(figure.axes, ('0.600', '1.500')):
         labels = [text.get_text() for text in axes.get_legend().get_texts()]
@@ -778,12 +887,11 @@ def test_pictures_of_photographs_have_true_colours():
 
 def test_the_mistakes_are_named_and_the_most_confident_ones_come_first():
     val_x = np.zeros((4, 128, 128, 3), np.uint8)
-    files = [Path('validation', f'0_{i}.jpg') for i in range(4)]
+    files = [(Path('validation', f'0_{i}.jpg'), label) for i, label in enumerate([0, 0, 4, 0])]
     probabilities = np.full((4, 11), .01)
     for i, (label, value) in enumerate([(2, .5), (3, .8), (4, .9), (5, .6)]):
         probabilities[i, label] = value
-    axes = train.draw_mistakes(val_x, np.array([0, 0, 4, 0]), files, probabilities,
-                               data.CLASSES).axes
+    axes = train.draw_mistakes(val_x, files, probabilities, data.CLASSES).axes
     titles = [ax.get_title().split('\n') for ax in axes if ax.get_title()]
     assert titles == [['0_1.jpg', 'Bread', 'predicted:', 'Egg 80%'],
                       ['0_3.jpg', 'Bread', 'predicted:', 'Meat 60%'],

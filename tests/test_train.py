@@ -175,7 +175,7 @@ def test_the_books_options_are_the_defaults(small, few, tmp_path):
     del settings['classes']
     assert settings == {'data_dir': str(tmp_path / 'food-11'), 'recipe': 'book', 'epochs': 100,
                         'batch_size': 128, 'lr': 0.001, 'seed': 0, 'no_amp': False}
-    assert done.returncode == 130 and len(done.stderr.splitlines()) == 4
+    assert done.returncode == 130 and len(done.stderr.splitlines()) == 5
     assert 'holds the state after epoch 1; continue with ' in done.stderr
 
 
@@ -202,9 +202,10 @@ def test_the_demo_called_from_a_notebook_twice(edited, tmp_path, monkeypatch, ca
 def test_stdout_has_the_epochs_and_the_table_and_nothing_else(small, few):
     done = small.call('--data-dir', few, '--epochs', 2, '--batch-size', 4, '--device', 'cpu')
     assert done.returncode == 0
-    device, folder = done.stderr.splitlines()
+    device, folder, photographs = done.stderr.splitlines()
     assert device.startswith('device cpu') and ', precision ' in device
     assert folder.endswith(str(Path('runs', '001')))
+    assert photographs == '11 classes, 10 photographs for training, 10 for validation'
     lines = done.stdout.splitlines()
     assert all(map(LINE.fullmatch, lines[:2])) and lines[2].split()[:2] == ['with', 'the']
     assert lines[6].split() == ['3', 'Egg', '0', '0', '-', '-'] and len(lines) == 15
@@ -279,7 +280,7 @@ def test_a_full_gpu_ends_in_one_line_and_says_how_to_continue(small, copy_of_fin
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 64 GiB.\nGPU 0 has ...')
     monkeypatch.setattr(nn.Conv2d, 'forward', full)
     done = small.call('--out', 'run', '--resume', '--epochs', 5, '--device', 'cpu')
-    assert done.returncode == 1 and done.stderr.count('\n') == 5
+    assert done.returncode == 1 and done.stderr.count('\n') == 6
     line, error = done.stderr.splitlines()[-2:]
     assert line.startswith('run holds the state after epoch 3; continue with python')
     assert error.startswith('error: the GPU has too little memory') and '64 GiB' in error
@@ -363,7 +364,9 @@ def test_a_cpu_computes_in_bfloat16_only_if_it_supports_it(monkeypatch, supporte
 @pytest.mark.parametrize('cores, processes, workers', [
     (16, 1, 8), (2, 1, 2), (1, 1, 1), (64, 4, 8), (8, 4, 2), (2, 4, 0)])
 def test_workers_by_default(monkeypatch, cores, processes, workers):
-    monkeypatch.setattr(os, 'cpu_count', lambda: cores)
+    """Of the computer's 64 cores, Slurm or Docker allow some."""
+    monkeypatch.setattr(os, 'cpu_count', lambda: 64)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: set(range(cores)), raising=False)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
     monkeypatch.setattr(sys, 'platform', 'linux')
     assert train.pick_workers(None, CUDA) == workers

@@ -68,7 +68,7 @@ def readfile(path, classes=CLASSES):
             bad_files.append(image_files[i])
         else:
             x[i] = img
-    refuse(bad_files, NO_IMAGE)
+    refuse_files(bad_files, NO_IMAGE)
     return x, y
 
 
@@ -124,11 +124,11 @@ def core_count():
 
 # What is wrong with a file that cannot be used, and what to do.
 NO_IMAGE = 'cannot be read as an image; repair, rename or delete it'
-NO_LABEL = ('is not the folder of a class in training, nor a photograph with a label in front of '
-            f'its name, as 3_17.jpg (0 to {len(CLASSES) - 1}); rename or move it')
+NO_LABEL = ('has no label: it is not the folder of a class, and there is no label in front of its '
+            f'name, as in 3_17.jpg (0 to {len(CLASSES) - 1}); rename or move it')
 
 
-def refuse(files, problem):
+def refuse_files(files, problem):
     """Raises UserError if there are files with a problem. The message names them, but at most ten.
 
     problem: what follows the name of such a file in a sentence.
@@ -197,7 +197,7 @@ def list_images(folder):
     # os.walk, because Path.rglob leaves out what it cannot list.
     for parent, folders, names in os.walk(folder, onerror=refuse_folder, followlinks=True):
         folders[:] = [name for name in folders
-                      if not is_hidden(name) and not leads_back(Path(parent, name))]
+                      if not is_hidden(name) and not leads_back(Path(parent, name), folder)]
         image_files += [Path(parent, name) for name in names if is_image(name)]
     if not image_files:
         raise UserError(f'no photographs in {folder.absolute()}; {README}')
@@ -206,9 +206,8 @@ def list_images(folder):
 
 
 def is_hidden(name):
-    """Whether the name of a file or folder is that of something which systems keep for
-    themselves."""
-    # Beginnings of hidden names on Linux, macOS, Synology's disks, Linux disks, Windows disks.
+    """Whether a file or folder of this name belongs to the system, and not to a person."""
+    # What such names begin with on Linux, macOS, Synology's disks, and at the top of disks.
     return name.startswith(('.', '__MACOSX', '@eaDir', 'lost+found', '$RECYCLE.BIN',
                             'System Volume Information'))
 
@@ -223,10 +222,13 @@ def is_image(name):
     return not is_hidden(name) and not name.lower().endswith(other_kinds)
 
 
-def leads_back(folder):
-    """Whether a folder is a link to one that holds it, so that reading would never end."""
-    target = folder.resolve()
-    return any(holder.resolve().is_relative_to(target) for holder in folder.parents)
+def leads_back(link, folder):
+    """Whether something in `folder` is a link to a folder that holds it, so that following it would
+    have no end."""
+    target = link.resolve()
+    # From the folder that the link is in, up to `folder`.
+    holders = list(link.parents)[:len(link.relative_to(folder).parts)]
+    return any(holder.resolve().is_relative_to(target) for holder in holders)
 
 
 def readable(name):
@@ -274,7 +276,7 @@ def all_labelled(folder, classes):
     # What is in a folder that is no class is named by this folder.
     unlabelled = {folder / file.relative_to(folder).parts[0]
                   for file, label in files if label is None}
-    refuse(sorted(unlabelled), NO_LABEL)
+    refuse_files(sorted(unlabelled), NO_LABEL)
     return files
 
 
@@ -297,7 +299,7 @@ def refuse_misplaced(data_dir):
     if here.name in ('training', 'validation'):
         inside.append(here.parent)
     for folder in inside:
-        if (folder / 'training').is_dir() and (folder / 'validation').is_dir():
+        if os.path.isdir(folder / 'training') and os.path.isdir(folder / 'validation'):
             raise UserError(f'{here} does not hold the folders training and validation: did you '
                             f'mean --data-dir "{folder}"?')
 

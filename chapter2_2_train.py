@@ -47,7 +47,7 @@ from tqdm import tqdm
 from chapter2_1_data import (NO_IMAGE, ImgDataset, UserError, add_data_arguments, batch_size,
                              better_transform, core_count, demo_dir, find_photographs, image_size,
                              in_threads, labelled_files, make_demo, picture_settings, read_image,
-                             readable, readfile, refuse, run_script, test_transform,
+                             readable, readfile, refuse_files, run_script, test_transform,
                              train_transform)
 
 num_epoch = 100
@@ -1069,7 +1069,7 @@ def use_run(args):
         path = find_paths(args.features)[0]
         image = read_image(path)
         if image is None:
-            refuse([path], NO_IMAGE)
+            refuse_files([path], NO_IMAGE)
         write_figure(folder / 'features.png', draw_features, model, image)
         print(f'picture written to {folder / "features.png"}')
     if args.predict:
@@ -1106,7 +1106,7 @@ def predict(paths, model, classes, csv_file, batch_size, autocast):
             likeliest = np.argsort(-probabilities[0])[:3]
             names = [f'{classes[label]} {probabilities[0, label]:.1%}' for label in likeliest]
             print(f'{readable(path)}: {", ".join(names)}')
-    refuse(bad_files, NO_IMAGE)
+    refuse_files(bad_files, NO_IMAGE)
 
 
 def find_paths(paths):

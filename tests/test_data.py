@@ -224,7 +224,7 @@ def test_no_more_threads_than_allowed_cores_and_at_most_8(tmp_path, monkeypatch,
 # ---- Refusing --------------------------------------------------------------------------------
 
 NO_IMAGE = 'cannot be read as an image; repair, rename or delete it'
-NO_LABEL = 'is not the folder of a class'
+NO_LABEL = 'has no label: it is not the folder of a class'
 
 
 @pytest.mark.parametrize('name, content, reason', [
@@ -381,7 +381,19 @@ def test_a_class_that_training_lacks_is_refused(small, tmp_path):
         done = small.call(main=main)
         assert done.returncode == 1
         error = done.stderr.splitlines()[-1]
-        assert f'{os.path.join("validation", "Pizza")} {NO_LABEL} in training' in error
+        assert f'{os.path.join("validation", "Pizza")} {NO_LABEL}' in error
+
+
+def test_a_data_folder_named_from_within(tmp_path, monkeypatch):
+    """cd cats, and then --data-dir .. ."""
+    for name in ('cats', 'dogs'):
+        write_all(tmp_path / 'mine', *names_on('training', name, 2))
+    write_all(tmp_path / 'mine', *names_on('validation', 'cats', 2))
+    monkeypatch.chdir(tmp_path / 'mine' / 'cats')
+    classes, train_files, val_files = data.find_photographs('..')
+    assert classes == ['cats', 'dogs'] and (len(train_files), len(val_files)) == (4, 2)
+    monkeypatch.chdir('..')
+    assert [len(part) for part in data.find_photographs('.')] == [2, 4, 2]
 
 
 def test_food_11_of_the_course_of_2021_is_no_food_11(small, tmp_path):

@@ -28,8 +28,7 @@ from tqdm import tqdm
 data_dir = './food-11'
 demo_dir = './food-11-demo'
 
-# The names of the labels 0 to 10, spelled as the folders of Kaggle's food-11. Photographs in
-# folders have the folders' names instead.
+# The names of the labels 0 to 10 in food-11, spelled as Kaggle's folders are.
 CLASSES = ['Bread', 'Dairy product', 'Dessert', 'Egg', 'Fried food', 'Meat',
            'Noodles-Pasta', 'Rice', 'Seafood', 'Soup', 'Vegetable-Fruit']
 
@@ -39,55 +38,46 @@ image_size = 128
 batch_size = 128
 
 
+# ---- Mistakes of the user --------------------------------------------------------------------
+
 class UserError(Exception):
     """A mistake of the user: the scripts print its message, and no traceback."""
 
 
+def refuse_files(files, problem):
+    """Raises UserError if there are files (or folders) with a problem. The message names them, or
+    the first ten. problem: what follows a file's name in a sentence."""
+    if len(files) == 1:
+        raise UserError(f'{files[0]} {problem}')
+    if files:
+        lines = [f'{len(files)} places, each of which {problem}:', *map(str, files[:10])]
+        if len(files) > 10:
+            lines.append(f'and {len(files) - 10} more')
+        raise UserError('\n  '.join(lines))
+
+
+NO_IMAGE = 'cannot be read as an image; repair, rename or delete it'
+
+
 # ---- Reading the photographs -----------------------------------------------------------------
 
-def readfile(path, classes=CLASSES):
-    """Reads labelled photographs (section 2.2).
-
-    path: a folder such as food-11/training, or a list of pairs (file, label) from find_photographs.
-    classes: for a folder, the names of its classes.
-    Returns x, uint8 (N, 128, 128, 3), BGR, and y, the labels (N,), in the order of the sorted file
-    names. y is uint8, or uint16 if a label is above 255.
-    Raises UserError if a photograph has no label or cannot be read; it names all of these.
-    """
-    labelled = path
-    if not isinstance(path, list):
-        labelled = all_labelled(path, classes)
-    image_files = [file for file, _ in labelled]
-    labels = [label for _, label in labelled]
-    x = np.zeros((len(labels), image_size, image_size, 3), dtype=np.uint8)
-    y = np.array(labels, dtype=np.min_scalar_type(max(labels, default=0)))
-    bad_files = []
-    # img = read_image(image_files[0]), read_image(image_files[1]), ...
-    for i, img in enumerate(in_threads(read_image, image_files, 'reading')):
-        if img is None:
-            bad_files.append(image_files[i])
-        else:
-            x[i] = img
-    refuse_files(bad_files, NO_IMAGE)
-    return x, y
-
-
 def read_image(file):
-    """Reads one photograph as uint8 (128, 128, 3), BGR. Returns None if it is not an image.
+    """Reads one photograph, and resizes it: the book's cv2.imread and cv2.resize (section 2.2).
 
-    Raises UserError with the system's reason if the system does not let it be read.
+    Returns uint8 (128, 128, 3), BGR, or None if the file is not an image. Raises UserError with the
+    system's reason if the system does not let it be read.
     """
-    # The book's cv2.imread cannot open a path with Chinese characters on Windows. Therefore Python
-    # reads the bytes, and imdecode turns them into the same pixels.
+    # cv2.imread cannot open a path with Chinese characters on Windows. Therefore Python reads the
+    # bytes, and imdecode turns them into the same pixels.
     try:
         file_bytes = Path(file).read_bytes()
     except OSError as error:
         raise UserError(f'cannot read {file}: {error.strerror}') from None
-    # Unlike imread, imdecode insists on the two bytes that end a JPEG, also where the picture is
-    # complete without them. At the end of a whole JPEG they change nothing.
+    # A JPEG whose end is missing is read as far as it goes, as imread does. imdecode does so only
+    # if the two bytes that end a JPEG are there. At the end of a whole one, two more do no harm.
     if file_bytes.startswith(b'\xff\xd8'):
         file_bytes += b'\xff\xd9'
-    # Silences OpenCV's own messages, which do not say which file they are about. setLogLevel is in
+    # OpenCV's own warnings do not say which file they are about. setLogLevel is in
     # cv2.utils.logging (OpenCV 5) or in cv2 (OpenCV 4).
     getattr(cv2.utils, 'logging', cv2).setLogLevel(0)
     try:
@@ -100,10 +90,39 @@ def read_image(file):
     return cv2.resize(img, (image_size, image_size))
 
 
+def readfile(path, classes=CLASSES):
+    """Reads photographs and their labels (section 2.2).
+
+    path: a folder such as food-11/training, whose classes are `classes`; or a list of pairs
+    (file, label), as find_photographs returns them.
+    Returns x, uint8 (N, 128, 128, 3), BGR, and y, the labels (N,), uint8 or, above 255, uint16.
+    Raises UserError if some photographs have no label, or if some cannot be read.
+    """
+    if isinstance(path, list):
+        labelled = path
+    else:
+        labelled = all_labelled(path, classes)
+    image_files = [file for file, _ in labelled]
+    labels = [label for _, label in labelled]
+    x = np.zeros((len(labels), image_size, image_size, 3), dtype=np.uint8)
+    y = np.zeros(len(labels), dtype=np.min_scalar_type(max(labels, default=0)))
+    bad_files = []
+    # img is read_image(image_files[0]), then read_image(image_files[1]), and so on.
+    for i, img in enumerate(in_threads(read_image, image_files, 'reading')):
+        if img is None:
+            bad_files.append(image_files[i])
+            continue
+        x[i] = img
+        y[i] = labels[i]
+    refuse_files(bad_files, NO_IMAGE)
+    return x, y
+
+
 def in_threads(function, items, title):
-    """Yields function(item) for each item, in order. Several threads call the function at the same
-    time, and on a terminal a progress bar shows how many calls are done."""
-    # Threads are enough, as OpenCV lets other threads run while it decodes.
+    """Yields function(item) for each item, in order, while several threads call the function for
+    the next ones. On a terminal, a progress bar shows how many are done."""
+    # Threads are enough, as OpenCV lets other threads run while it decodes. At most 8, because each
+    # holds a whole photograph in memory.
     with ThreadPoolExecutor(min(core_count(), 8)) as threads:
         try:
             results = threads.map(function, items)
@@ -122,26 +141,6 @@ def core_count():
     return os.cpu_count()
 
 
-# What is wrong with a file that cannot be used, and what to do.
-NO_IMAGE = 'cannot be read as an image; repair, rename or delete it'
-NO_LABEL = ('has no label: it is not the folder of a class, and there is no label in front of its '
-            f'name, as in 3_17.jpg (0 to {len(CLASSES) - 1}); rename or move it')
-
-
-def refuse_files(files, problem):
-    """Raises UserError if there are files with a problem. The message names them, but at most ten.
-
-    problem: what follows the name of such a file in a sentence.
-    """
-    if len(files) == 1:
-        raise UserError(f'{files[0]} {problem}')
-    if files:
-        lines = [f'{len(files)} files, each of which {problem}:', *map(str, files[:10])]
-        if len(files) > 10:
-            lines.append(f'and {len(files) - 10} more')
-        raise UserError('\n  '.join(lines))
-
-
 # ---- The data folder -------------------------------------------------------------------------
 
 README = 'food-11/README.md says where to get photographs, and how to arrange them'
@@ -152,23 +151,25 @@ def find_photographs(data_dir):
 
     - training and validation, with photographs whose names begin with the label, as 3_17.jpg;
     - training and validation, with a folder for each class in both; or
-    - a folder for each class. Then the photographs' names decide which fifth is for validation.
+    - a folder for each class. Then about a fifth of the photographs is for validation: which ones,
+      depends on their names.
 
     Returns classes, the names of the labels 0, 1, ...; and train_files and val_files, sorted lists
     of pairs (file, label). Raises UserError if the folder holds something else.
     """
     data_dir = Path(data_dir)
     if not os.path.exists(data_dir):
-        raise UserError(f'there is no folder {data_dir.absolute()}: --data-dir names another '
-                        f'place; {README}')
+        raise UserError(f'there is no folder {data_dir.absolute()}: give the right one with '
+                        f'--data-dir; {README}')
     train_dir, val_dir = data_dir / 'training', data_dir / 'validation'
-    # lexists: what is there, but cannot be read, is not left out. list_images says why it cannot.
+    # lexists is true for a link that leads nowhere, too: list_images says what is wrong with it.
     if os.path.lexists(train_dir) and os.path.lexists(val_dir):
         classes = class_folders(train_dir)
-        if not classes:
+        if classes:
+            refuse_unless_classes(classes, train_dir)
+        else:
             # The photographs lie in training itself.
             classes = CLASSES
-        refuse_unless_classes(classes, train_dir)
         return classes, all_labelled(train_dir, classes), all_labelled(val_dir, classes)
 
     refuse_misplaced(data_dir)
@@ -196,6 +197,7 @@ def list_images(folder):
     image_files = []
     # os.walk, because Path.rglob leaves out what it cannot list.
     for parent, folders, names in os.walk(folder, onerror=refuse_folder, followlinks=True):
+        # os.walk goes on with the folders that are left in its list.
         folders[:] = [name for name in folders
                       if not is_hidden(name) and not leads_back(Path(parent, name), folder)]
         image_files += [Path(parent, name) for name in names if is_image(name)]
@@ -222,12 +224,12 @@ def is_image(name):
     return not is_hidden(name) and not name.lower().endswith(other_kinds)
 
 
-def leads_back(link, folder):
-    """Whether something in `folder` is a link to a folder that holds it, so that following it would
-    have no end."""
-    target = link.resolve()
-    # From the folder that the link is in, up to `folder`.
-    holders = list(link.parents)[:len(link.relative_to(folder).parts)]
+def leads_back(inner, folder):
+    """Whether a folder somewhere within `folder` is a link that leads back to a folder which holds
+    it, as food-11/training/Egg/link to food-11: following it would have no end."""
+    target = inner.resolve()
+    # food-11/training/Egg, food-11/training and food-11.
+    holders = list(inner.parents)[:len(inner.relative_to(folder).parts)]
     return any(holder.resolve().is_relative_to(target) for holder in holders)
 
 
@@ -242,23 +244,24 @@ def readable(name):
 
 
 def class_folders(folder):
-    """The sorted names of the folders with photographs in a folder, as torchvision's ImageFolder
-    has them."""
+    """The sorted names of the folders with photographs in a folder."""
     return sorted({readable(file.relative_to(folder).parts[0]) for file in list_images(folder)
                    if file.parent != folder})
 
 
 def labelled_files(folder, classes):
-    """The photographs in a folder as pairs (file, label), sorted by file.
+    """The photographs in a folder as pairs (file, label), sorted by file. The label is None for
+    those that have none, which only --predict of chapter2_2_train.py accepts.
 
     The label of Egg/17.jpg is the position of Egg in `classes`. That of 3_17.jpg is 3, if the
-    classes are CLASSES. The label of a photograph that has none is None.
+    classes are CLASSES.
     """
     files = []
     for file in list_images(folder):
         label = None
         *folders, name = file.relative_to(folder).parts
-        # The book's code expects 3_17.jpg, its text says 3-17.jpg. But 01-05-2021.jpg is a date.
+        # A number, and _ (as in the book's code) or - (as in its text). But where another such
+        # number follows, as in 01-05-2021.jpg, it is a date.
         number = re.match('([0-9]+)[_-](?![0-9]+[_-])', name)
         if folders:
             if readable(folders[0]) in classes:
@@ -273,10 +276,14 @@ def all_labelled(folder, classes):
     """The same as labelled_files, but raises UserError if a photograph has no label."""
     folder = Path(folder)
     files = labelled_files(folder, classes)
-    # What is in a folder that is no class is named by this folder.
+    # Of a folder that is no class, the folder is named, and not each photograph in it.
     unlabelled = {folder / file.relative_to(folder).parts[0]
                   for file, label in files if label is None}
-    refuse_files(sorted(unlabelled), NO_LABEL)
+    problem = 'is not one of the class folders, nor in one of them; move or rename it'
+    if classes == CLASSES:
+        problem = ('is neither the folder of a class nor a photograph with a label from 0 to '
+                   f'{len(classes) - 1} in front of its name, as 3_17.jpg; move or rename it')
+    refuse_files(sorted(unlabelled), problem)
     return files
 
 
@@ -292,20 +299,22 @@ def is_for_validation(file, data_dir):
 
 
 def refuse_misplaced(data_dir):
-    """Raises UserError if the data folder is further down, as after unpacking a zip file into a
-    folder of its own, or one level further up."""
+    """Raises UserError if another folder was probably meant: not food-11 but food-11/food-11, as a
+    zip file was unpacked into a folder of its own; or not food-11/training but food-11."""
     here = data_dir.resolve()
-    inside = [path.parent for path in (*here.glob('*/training'), *here.glob('*/*/training'))]
+    others = [path.parent for path in (*here.glob('*/training'), *here.glob('*/*/training'))]
     if here.name in ('training', 'validation'):
-        inside.append(here.parent)
-    for folder in inside:
+        others.append(here.parent)
+    for folder in others:
         if os.path.isdir(folder / 'training') and os.path.isdir(folder / 'validation'):
             raise UserError(f'{here} does not hold the folders training and validation: did you '
                             f'mean --data-dir "{folder}"?')
 
 
 def refuse_unless_classes(classes, folder):
-    """Raises UserError if the names of the folders in `folder` cannot be those of classes."""
+    """Raises UserError if there are fewer than two folders with photographs in `folder`, or if they
+    are called as the parts of a data set are, and not as classes."""
+    # all, not any: a class may be called train, beside bus and car.
     if len(classes) >= 2 and not all(is_part(name) for name in classes):
         return
     found = ', '.join(classes[:10]) or 'none'
@@ -330,7 +339,7 @@ def refuse_too_few(train_files, val_files, classes):
     if not val_files:
         lacking.append('validation')
     if lacking:
-        raise UserError('too few photographs: their names choose a fifth for validation, and there '
+        raise UserError('too few photographs: as about a fifth of them is for validation, there '
                         f'are none for {", ".join(lacking[:10])}; add some, or divide them into '
                         'the folders training and validation yourself')
 
@@ -367,8 +376,8 @@ class ImgDataset(Dataset):
 
 # The book ends with ToTensor, which makes float32 in 0..1 of the bytes. PILToTensor leaves them as
 # uint8 in 0..255, a quarter of the size; chapter2_2_train.py makes the float32 on the GPU.
-# Normalize needs float32: with it, use ToTensor in all transforms. The channels are in OpenCV's
-# order, BGR.
+# Normalize needs float32: with it, use ToTensor in all transforms. chapter2_2_train.py leaves what
+# is float32 as it is. The channels are in OpenCV's order, BGR.
 train_transform = transforms.Compose([
     transforms.ToPILImage(),
     transforms.RandomHorizontalFlip(),
@@ -396,13 +405,13 @@ better_transform = transforms.Compose([
 
 # ---- Looking at the data ---------------------------------------------------------------------
 
-def show_sample(axes, train_set, index, title):
-    """The book's sample: an image of a dataset, on matplotlib axes."""
-    img, _ = train_set[index]
+def show_sample(axes, train_set, index, classes):
+    """The book's sample: an image of a dataset under its label, on matplotlib axes."""
+    img, label = train_set[index]
     img = img.permute(1, 2, 0)  # [3, 128, 128] -> [128, 128, 3]
     img = img.flip(2)           # BGR -> RGB
     axes.imshow(img.numpy())
-    axes.set_title(title, fontsize=8)
+    axes.set_title(f'train_set[{index}]\n{label}: {classes[label]}', fontsize=8)
 
 
 def show_classes(figure, train_set, classes):
@@ -410,80 +419,31 @@ def show_classes(figure, train_set, classes):
     under it the same image, augmented four times."""
     plain_set = ImgDataset(train_set.x, train_set.y, test_transform)
     rows = [plain_set, train_set, train_set, train_set, train_set]
-    classes = classes[:20]
-    cells = figure.subplots(len(rows), len(classes), squeeze=False)
+    cells = figure.subplots(len(rows), min(len(classes), 20), squeeze=False)
     for row, dataset in enumerate(rows):
-        for label, name in enumerate(classes):
-            axes = cells[row, label]
+        for label, axes in enumerate(cells[row]):
             axes.set_axis_off()
-            # Long names are written on several lines.
-            title = f'{label}\n' + name.replace(' ', '\n').replace('-', '-\n')
-            if row > 0:
-                title = ''
             indices = torch.nonzero(train_set.y == label)
             if len(indices) > 0:
-                show_sample(axes, dataset, indices[0].item(), title)
-            elif row == 0:
-                axes.set_title(f'{title}\n(none)', fontsize=8)
-
-
-def show_preview(train_set, index, classes, file=None):
-    """Shows a sample and all classes in a window, or writes them into `file` as a picture.
-
-    Where no window can be made, the picture is written into chapter2_1_data.png.
-    """
-    size = {'figsize': (12.6, 4.6), 'layout': 'constrained'}  # inches
-    with picture_settings():
-        from matplotlib import pyplot as plt
-        from matplotlib.figure import Figure
-        window = None
-        if file is None:
-            window = make_window(size)
-        figure = window or Figure(**size)
-        left, right = figure.subfigures(1, 2, width_ratios=(1, 2.9))
-        label = train_set.y[index].item()
-        title = f'train_set[{index}]\n{label}: {classes[label]}'
-        show_sample(left.subplots(), train_set, index, title)
-        show_classes(right, train_set, classes)
-        if window is not None:
-            # block: also in IPython, where show would return at once.
-            plt.show(block=True)
-            plt.close(window)
-            return
-        file = Path(file or 'chapter2_1_data.png')
-        try:
-            # Without a format, savefig would add .png to a name that has no ending.
-            figure.savefig(file, dpi=100, format=file.suffix[1:] or 'png')
-        except (OSError, ValueError) as error:
-            # ValueError: the name ends in something that is no format of pictures.
-            raise UserError(f'cannot write the picture {file}: {error}') from None
-    print(f'picture written to {file.absolute()}')
-
-
-def make_window(size):
-    """A matplotlib figure in a window, or None if no window can be made here. size: its options."""
-    from matplotlib import pyplot as plt
-    reasons = [ImportError]
-    with contextlib.suppress(ImportError):
-        from tkinter import TclError
-        reasons.append(TclError)
-    with contextlib.suppress(*reasons):
-        figure = plt.figure(**size)
-        # matplotlib knows no framework for windows if there is no display.
-        if figure.canvas.required_interactive_framework is not None:
-            return figure
-        plt.close(figure)
-    return None
+                show_sample(axes, dataset, indices[0].item(), classes)
+            # Instead of the sample's title. Long names are written on several lines.
+            title = f'{label}\n' + classes[label].replace(' ', '\n').replace('-', '-\n')
+            if len(indices) == 0:
+                title += '\n(none)'
+            if row > 0:
+                title = ''
+            axes.set_title(title, fontsize=8)
 
 
 @contextlib.contextmanager
 def picture_settings():
-    """matplotlib's settings for our pictures, within a with-block. All pictures are drawn in one.
+    """matplotlib's settings for our pictures. They hold within a with-block.
 
-    matplotlib is not imported at the top of the scripts, as that fails if the backend is missing.
+    matplotlib is imported in functions, not at the top of the scripts, because its import fails if
+    the environment variable MPLBACKEND names a backend (what shows pictures) that does not exist.
     """
-    # The backend is what shows pictures. A script that a notebook has started with ! inherits the
-    # notebook's, a module that may be missing where the script runs.
+    # A script that a notebook has started with ! inherits the notebook's backend: inline, which
+    # older versions do not know, or a module that may be missing where the script runs.
     backend = os.environ.get('MPLBACKEND', '')
     module = backend.removeprefix('module://').split('.')[0]
     if backend == 'inline' or (backend.startswith('module://') and not find_spec(module)):
@@ -500,28 +460,81 @@ def picture_settings():
         yield
 
 
+def show_preview(train_set, index, classes, file=None):
+    """Shows a sample and all classes in a window, or writes them into `file` as a picture.
+
+    Where no window can be made, the picture is written into chapter2_1_data.png.
+    """
+    with picture_settings():
+        from matplotlib import pyplot as plt
+        from matplotlib.figure import Figure
+        window = None
+        if file is None:
+            window = make_window()
+        # A figure that is not pyplot's needs no window system.
+        figure = window or Figure()
+        figure.set_size_inches(12.6, 4.6)
+        figure.set_layout_engine('constrained')
+        left, right = figure.subfigures(1, 2, width_ratios=(1, 2.9))
+        show_sample(left.subplots(), train_set, index, classes)
+        show_classes(right, train_set, classes)
+        if window is not None:
+            # block: also in IPython, where show would return at once.
+            plt.show(block=True)
+            plt.close(window)
+            return
+        file = Path(file or 'chapter2_1_data.png')
+        try:
+            # Without a format, savefig would add .png to a name that has no ending.
+            figure.savefig(file, dpi=100, format=file.suffix[1:] or 'png')
+        except (OSError, ValueError) as error:
+            # ValueError: the name ends in something that is no format of pictures.
+            raise UserError(f'cannot write the picture {file}: {error}') from None
+    print(f'picture written to {file.absolute()}')
+
+
+def make_window():
+    """A matplotlib figure in a window, or None where no window can be made."""
+    from matplotlib import pyplot as plt
+    try:
+        from tkinter import TclError
+    except ImportError:
+        # Then no window is Tk's, and there are no errors of Tk.
+        TclError = ImportError
+    try:
+        figure = plt.figure()
+    except (ImportError, TclError):
+        # The backend cannot be loaded without a display, or Tk is not installed completely.
+        return None
+    if figure.canvas.required_interactive_framework is None:
+        # matplotlib has chosen a backend without windows.
+        plt.close(figure)
+        return None
+    return figure
+
+
 def print_counts(train_y, val_y, classes):
     """Prints how many images of each class there are."""
     print(f'{"class":<24} training validation')
     for label, name in enumerate(classes):
         print(f'{label:>3} {name:<20} {(train_y == label).sum():>8} {(val_y == label).sum():>10}')
     print(f'{"total":<24} {len(train_y):>8} {len(val_y):>10}')
-    # 'Bread': CLASSES may have been edited for other photographs.
-    if classes == CLASSES and 'Bread' in classes and (len(train_y), len(val_y)) != (9866, 3430):
+    # Only food-11 has this class.
+    if 'Dairy product' in classes and (len(train_y), len(val_y)) != (9866, 3430):
         print('the complete food-11 has 9866 training and 3430 validation photographs')
 
 
 def print_repeated(train_x, train_files, val_x, val_files):
-    """Says which photographs make the validation accuracy wrong, as the same one is there again:
-    for training and for validation, or with another label."""
+    """Says how many photographs are there again where they should not be, with an example: for
+    training and for validation, or with another label."""
     first_places = {}
     repeated = []
     for part, x, files in (('training', train_x, train_files), ('validation', val_x, val_files)):
         for img, (file, label) in zip(x, files):
-            place = (part, label, file)
-            first_place = first_places.setdefault(hash(img.tobytes()), place)
-            if first_place[:2] != place[:2]:
-                repeated.append(f'{first_place[2]} and {file}')
+            first = first_places.setdefault(hash(img.tobytes()), (part, label, file))
+            first_part, first_label, first_file = first
+            if (part, label) != (first_part, first_label):
+                repeated.append(f'{first_file} and {file}')
     if repeated:
         print('note: the same photograph is both for training and for validation, or has two '
               f'labels: {len(repeated)} times, for example {repeated[0]}')
@@ -560,6 +573,7 @@ def main(arguments=None):
 
     index = args.index
     if index is None:
+        # The book's train_set[100], or the last one if there are fewer.
         index = min(100, len(train_set) - 1)
     if index not in range(len(train_set)):
         raise UserError(f'--index {index}: must be in 0..{len(train_set) - 1}, as there are '
@@ -586,7 +600,7 @@ def make_demo():
 
 
 def run_script(main):
-    """Calls the main function of a script. A mistake of the user ends in one line on stderr."""
+    """Calls the main function of a script. A mistake of the user ends in a message on stderr."""
     # If stdout goes into a file on Windows, its encoding may lack characters of a path.
     sys.stdout.reconfigure(errors='backslashreplace')
     # SIGTERM, with which systems end a program, does what Ctrl-C does.

@@ -224,7 +224,7 @@ def test_no_more_threads_than_allowed_cores_and_at_most_8(tmp_path, monkeypatch,
 # ---- Refusing --------------------------------------------------------------------------------
 
 NO_IMAGE = 'cannot be read as an image; repair, rename or delete it'
-NO_LABEL = 'has no label: it is not the folder of a class'
+NO_LABEL = 'is neither the folder of a class nor a photograph with a label from 0 to 10 in front'
 
 
 @pytest.mark.parametrize('name, content, reason', [
@@ -267,7 +267,7 @@ def test_all_bad_files_of_a_folder_come_in_one_message(small, food11, tmp_path):
         done = small.call(main=main)
         message = done.stderr[done.stderr.index('error: '):].splitlines()
         assert done.returncode == 1 and len(message) == 12
-        assert message[0] == f'error: 13 files, each of which {NO_IMAGE}:'
+        assert message[0] == f'error: 13 places, each of which {NO_IMAGE}:'
         assert '4_bad00.jpg' in message[1] and '4_bad09.jpg' in message[10]
         assert message[11] == '  and 3 more'
     # Names without a label are found before anything is read.
@@ -276,7 +276,7 @@ def test_all_bad_files_of_a_folder_come_in_one_message(small, food11, tmp_path):
     done = small.call(main=small.data.main)
     message = done.stderr.splitlines()
     assert done.returncode == 1 and len(message) == 4
-    assert message[0].startswith(f'error: 3 files, each of which {NO_LABEL}')
+    assert message[0].startswith(f'error: 3 places, each of which {NO_LABEL}')
 
 
 def test_a_photograph_that_the_system_does_not_give(small, few, copy_of_finished, tmp_path):
@@ -381,7 +381,7 @@ def test_a_class_that_training_lacks_is_refused(small, tmp_path):
         done = small.call(main=main)
         assert done.returncode == 1
         error = done.stderr.splitlines()[-1]
-        assert f'{os.path.join("validation", "Pizza")} {NO_LABEL}' in error
+        assert f'{os.path.join("validation", "Pizza")} is not one of the class folders' in error
 
 
 def test_a_data_folder_named_from_within(tmp_path, monkeypatch):
@@ -412,7 +412,7 @@ def test_the_outermost_folder_is_the_class(tmp_path):
     assert data.readfile(tmp_path / 'validation', ['Egg', 'Soup'])[1].tolist() == [0, 1]
     write(tmp_path / 'validation' / 'Pizza' / 'Soup' / '1.jpg')
     message = problem(data.readfile, tmp_path / 'validation', ['Egg', 'Soup'])
-    assert message.startswith(f'{tmp_path / "validation" / "Pizza"} {NO_LABEL}')
+    assert message.startswith(f'{tmp_path / "validation" / "Pizza"} is not one of the class')
 
 
 def test_a_fifth_is_for_validation_and_no_photograph_ever_changes_sides(small, tmp_path):
@@ -699,8 +699,8 @@ def test_preview_shows_true_colours_and_every_class():
     left, right = Figure(figsize=(12, 5)).subfigures(1, 2)
     torch.manual_seed(0)
     axes = left.subplots()
-    data.show_sample(axes, train_set, 2, 'a title')
-    assert axes.get_title() == 'a title'
+    data.show_sample(axes, train_set, 2, data.CLASSES)
+    assert axes.get_title() == 'train_set[2]\n10: Vegetable-Fruit'
     assert (np.asarray(axes.images[0].get_array())[64, 64] == (0, 0, 255)).all()  # RGB
 
     data.show_classes(right, train_set, data.CLASSES)

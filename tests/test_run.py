@@ -314,7 +314,7 @@ def test_photographs_that_have_moved(small, copy_of_finished, few):
     done = small.call('--out', 'run', '--resume', '--device', 'cpu')
     error = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and str(copy_of_finished / 'gone') in error
-    assert '--data-dir names another place' in error
+    assert 'give the right one with --data-dir' in error
     assert small.call('--out', 'run', '--resume', '--device', 'cpu', '--data-dir',
                       few).returncode == 0
 

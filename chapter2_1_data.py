@@ -9,6 +9,7 @@
 import argparse
 import contextlib
 import hashlib
+import io
 import os
 import re
 import signal
@@ -120,17 +121,23 @@ def readfile(path, classes=CLASSES):
 
 def in_threads(function, items, title):
     """Yields function(item) for each item, in order, while several threads call the function for
-    the next ones. On a terminal, a progress bar shows how many are done."""
+    the next ones. A progress bar shows how many are done."""
     # Threads are enough, as OpenCV lets other threads run while it decodes. At most 8, because each
     # holds a whole photograph in memory.
     with ThreadPoolExecutor(min(core_count(), 8)) as threads:
         try:
-            results = threads.map(function, items)
-            # disable=None: no progress bar if stderr is not a terminal.
-            yield from tqdm(results, title, len(items), leave=False, disable=None)
+            yield from with_progress_bar(threads.map(function, items), title, len(items))
         finally:
             # After Ctrl-C, only the calls that have begun are waited for.
             threads.shutdown(cancel_futures=True)
+
+
+def with_progress_bar(items, title, count):
+    """The items, with a progress bar on a terminal or in a notebook, but not in a file."""
+    on_terminal = isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr.isatty()
+    # Jupyter, Spyder and VS Code run Python in an ipykernel. IDLE's window cannot show a bar.
+    in_notebook = 'ipykernel' in sys.modules
+    return tqdm(items, title, count, leave=False, disable=not on_terminal and not in_notebook)
 
 
 def core_count():
@@ -547,7 +554,7 @@ def main(arguments=None):
     # --help begins with the text at the top of this file.
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
+    add_data_arguments(parser, data_dir)
     parser.add_argument('--index', type=int, metavar='N',
                         help='which training image to show (default: 100)')
     parser.add_argument('--save', type=os.path.expanduser, metavar='FILE',
@@ -581,13 +588,13 @@ def main(arguments=None):
     show_preview(train_set, index, classes, args.save)
 
 
-def add_data_arguments(parser):
-    """Adds the arguments that both scripts have."""
+def add_data_arguments(parser, default_dir):
+    """Adds the arguments that both scripts have. default_dir: --data-dir if it is not given."""
     where = parser.add_mutually_exclusive_group()
-    where.add_argument('--data-dir', type=os.path.expanduser, metavar='DIR', default=data_dir,
+    where.add_argument('--data-dir', type=os.path.expanduser, metavar='DIR', default=default_dir,
                        help='folder that holds training/ and validation/, or a folder for each '
-                       'class, of which a fifth of the photographs, chosen by their names, is for '
-                       'validation (default: %(default)s)')
+                       'class; then a fifth of the photographs, chosen by their names, is for '
+                       f'validation (default: {data_dir})')
     where.add_argument('--demo', action='store_true',
                        help=f'draw a small food-11 into {demo_dir}, and use it')
 
@@ -601,19 +608,37 @@ def make_demo():
 
 def run_script(main):
     """Calls the main function of a script. A mistake of the user ends in a message on stderr."""
-    # If stdout goes into a file on Windows, its encoding may lack characters of a path.
-    sys.stdout.reconfigure(errors='backslashreplace')
-    # SIGTERM, with which systems end a program, does what Ctrl-C does.
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # If stdout goes into a file on Windows, its encoding may lack characters of a path. In IDLE,
+    # Spyder and notebooks it is another object, in pythonw it is None.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A shell has what it starts in the background ignore Ctrl-C.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            handlers[number] = signal.signal(number, interrupt)
     try:
         main()
     except UserError as error:
         sys.exit(f'error: {readable(str(error))}')
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = [type(error).__name__, *str(error).splitlines()][:2]
+        sys.exit('error: too little memory; in training, a smaller --batch-size needs less '
+                 f'({": ".join(reason)})')
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(130)  # the usual status after Ctrl-C
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def interrupt(number, frame):
+    """What Ctrl-C does, and SIGTERM, with which systems end a program: raises KeyboardInterrupt."""
+    # Only once: a second one would lose the line that says how to continue.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 if __name__ == '__main__':

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import copy
 import csv
-import glob
 import hashlib
 import io
 import itertools
@@ -33,6 +32,7 @@ import tempfile
 import time
 import zipfile
 import zlib
+from collections import ChainMap
 from pathlib import Path
 
 import numpy as np
@@ -42,23 +42,26 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.functional import convert_image_dtype
-from tqdm import tqdm
 
 from chapter2_1_data import (NO_IMAGE, ImgDataset, UserError, add_data_arguments, batch_size,
-                             better_transform, core_count, demo_dir, find_photographs, image_size,
-                             in_threads, labelled_files, make_demo, picture_settings, read_image,
-                             readable, readfile, refuse_files, run_script, test_transform,
-                             train_transform)
+                             better_transform, core_count, data_dir, demo_dir, find_photographs,
+                             image_size, in_threads, is_hidden, labelled_files, make_demo,
+                             picture_settings, read_image, readable, readfile, refuse_files,
+                             run_script, test_transform, train_transform, with_progress_bar)
 
 num_epoch = 100
 learning_rate = 0.001
 
+# The options that are saved with a run, and what they are in the book. (There is no option against
+# a saved --no-amp.)
+book_options = {'data_dir': data_dir, 'recipe': 'book', 'epochs': num_epoch,
+                'batch_size': batch_size, 'lr': learning_rate, 'seed': 0, 'no_amp': False}
+
 # The demo has few images. With the book's options its accuracy jumps up and down.
 demo_options = {'epochs': 5, 'batch_size': 16, 'lr': 0.0001}
 
-# These are saved with a run. If it is resumed, they hold unless the command line has others.
-# (There is no option against a saved --no-amp.)
-saved_options = ('data_dir', 'recipe', 'epochs', 'batch_size', 'lr', 'seed', 'no_amp')
+# Seeds go from 0 to this, so that no two runs have an epoch's random numbers in common.
+max_seed = 999_999
 
 # How often a run is saved, in seconds, if an epoch does not take longer.
 save_seconds = 60
@@ -143,7 +146,7 @@ def train_epoch(model, train_loader, loss, optimizer, autocast, scaler):
     for x, y in train_loader:
         x, y = to_device(x, y, device)
         optimizer.zero_grad()
-        # Within autocast, PyTorch computes with 16 bits where that does not harm the accuracy.
+        # Within autocast, PyTorch computes convolutions and matrix products with 16 bits.
         with autocast:
             train_pred = model(x)
             batch_loss = loss(train_pred, y)
@@ -163,8 +166,6 @@ def train_epoch(model, train_loader, loss, optimizer, autocast, scaler):
 def evaluate(model, val_loader, loss, autocast):
     """Returns the accuracy and the mean loss per image on the validation images (section 2.4)."""
     device = next(model.parameters()).device
-    # With one process, this does nothing.
-    share_batch_norm(model)
     model.eval()
     correct = torch.zeros((), device=device)
     loss_sum = torch.zeros((), device=device)
@@ -210,7 +211,7 @@ def accuracy_and_loss(correct, loss_sum, image_count):
 # (chapter2_1_data.py), with what is in this section. Then it was right for 84% of these images, and
 # for 72% of the photographs for validation. README.md says how much each change gains.
 
-# Used by parse_arguments, like demo_options.
+# Used by choose_options, like demo_options.
 better_options = {'batch_size': 64}
 
 
@@ -245,142 +246,143 @@ def main(arguments=None):
     # cuDNN tries several algorithms for each convolution, and then uses the fastest.
     torch.backends.cudnn.benchmark = True
     args = parse_arguments(arguments)
+    device = pick_device(args.device)
     if args.predict or args.dreams or args.features:
-        use_run(args)
+        use_run(args, device)
         return
 
-    device = pick_device(args.device)
-    # torchrun starts several processes, which train together. rank: the number of this process,
-    # counted from 0; world_size: how many there are. Without torchrun these are 0 and 1.
-    rank, world_size = join_processes(device)
-    if args.demo and rank == 0:
+    # torchrun starts several processes, which train together.
+    join_processes(device)
+    if args.demo and rank() == 0:
         make_demo()
-    with open_run(args.out, args.resume, rank) as opened:
-        # checkpoint: the state of a run that is continued, or None. (Process 0 tells the others.)
-        folder, checkpoint = from_process_0(opened)
-        if checkpoint is not None:
-            # The options that the run was started with, unless the command line has others.
-            args = parse_arguments(arguments, checkpoint['options'])
-        num_epoch = args.epochs
-        # With several processes, the share of this one.
-        batch_size = share_of_batch(args.batch_size, world_size)
-        dtype = pick_precision(device, args.no_amp)
-        workers = pick_workers(args.workers, device)
+    # checkpoint: the state of a run that is continued, or None.
+    with open_run(args.out, args.resume) as (folder, checkpoint):
+        options = choose_options(args, checkpoint)
+        dtype = pick_precision(device, options.no_amp)
+        workers = pick_workers(options.workers, device)
         say(f'device {device_name(device)}, precision {str(dtype).removeprefix("torch.")}, '
-            f'loader workers {workers}, processes {world_size}')
+            f'loader workers {workers}, processes {world_size()}')
         say(f'the folder of the run is {folder}')
-
-        # The data (section 2.2)
-        classes, train_files, val_files = find_photographs(args.data_dir)
-        say(f'{len(classes)} classes, {len(train_files)} photographs for training, '
-            f'{len(val_files)} for validation')
-        train_x, train_y = readfile(train_files)
-        val_x, val_y = readfile(val_files)
-        train_set = ImgDataset(train_x, train_y, train_transform)
-        val_set = ImgDataset(val_x, val_y, test_transform)
-        if args.recipe == 'better':
-            train_set.transform = better_transform
-        # Pinned memory is memory from which a CUDA GPU can copy faster. Workers that are persistent
-        # are started once, and not in every epoch.
-        loader_options = {'num_workers': workers, 'persistent_workers': workers > 0,
-                          'pin_memory': device.type == 'cuda'}
-        train_loader = DataLoader(own_part(train_set, same_size=True), batch_size=batch_size,
-                                  shuffle=True, **loader_options)
-        val_loader = DataLoader(own_part(val_set), batch_size=batch_size, shuffle=False,
-                                **loader_options)
-
-        # The network (section 2.3)
-        torch.manual_seed(args.seed)
-        model = make_model(len(classes), device)
-        loss = nn.CrossEntropyLoss().to(device)
-        # fused: updates all weights at once, which is faster.
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-        training_loss = loss
-        if args.recipe == 'better':
-            # Instead of Adam, and of the loss for training. The one for validation stays the same,
-            # so that it can be compared.
-            training_loss, optimizer = better_loss_and_optimizer(model, args.lr, device)
+        if options.recipe == 'better':
             say('recipe better: its training accuracy and loss are those of strongly augmented '
                 'images, and label smoothing makes this loss larger still')
+        train_run(options, device, dtype, workers, folder, checkpoint)
+    leave_processes()
 
-        autocast, scaler = mixed_precision(device, dtype)
-        photographs = {'training': checksum(train_files, args.data_dir),
-                       'validation': checksum(val_files, args.data_dir)}
-        history, best_acc, best_epoch, best_model = [], -1, None, None
-        if checkpoint is not None:
-            restore(model, optimizer, scaler, checkpoint, folder / 'last.pt', classes)
-            history, best_model = checkpoint['history'], checkpoint['best_model']
-            best_epoch = checkpoint['best_epoch']
-            best_acc = history[best_epoch - 1]['val_acc']
-            say(f'resumed from epoch {len(history)} in {folder}')
-            if photographs['training'] != checkpoint['photographs']['training']:
-                say('the photographs for training have changed since then')
-            if photographs['validation'] != checkpoint['photographs']['validation']:
-                say('the photographs for validation have changed since then: the best epoch is '
-                    'chosen anew')
-                best_acc, best_epoch = -1, len(history)
-                best_model = copy.deepcopy(model.state_dict())
-        # The same network; with several processes, wrapped.
-        parallel_model = parallel(model)
 
-        # The training (section 2.4)
-        saved_time = time.monotonic()
-        for epoch in range(len(history) + 1, num_epoch + 1):
-            start_time = time.perf_counter()
-            title = f'[{epoch:03d}/{num_epoch:03d}]'
-            # An epoch's random numbers depend on its number: so a resumed run gets the same ones as
-            # a run without interruption. (Not with loader workers, which have their own.)
-            torch.manual_seed(args.seed + 1_000_000 * epoch + rank)
-            # A learning-rate schedule. As it is computed from `epoch`, it needs nothing from a
-            # checkpoint.
-            if args.recipe == 'better':
-                optimizer.param_groups[0]['lr'] = better_learning_rate(args.lr, epoch, num_epoch)
+def train_run(options, device, dtype, workers, folder, checkpoint):
+    """The book's script: its data, its network and its training (sections 2.2 to 2.4).
 
-            train_acc, train_loss = train_epoch(parallel_model, progress(train_loader, title),
-                                                training_loss, optimizer, autocast, scaler)
-            val_acc, val_loss = evaluate(model, progress(val_loader, f'{title} validation'),
-                                         loss, autocast)
+    options: what choose_options returns. dtype: the precision. workers: loader workers.
+    folder: where the run is saved. checkpoint: the state of a run that is continued, or None.
+    """
+    # With several processes, each has a share of a batch, and a part of the images.
+    own_batch_size = share_of_batch(options.batch_size)
 
-            seconds = time.perf_counter() - start_time
-            if rank == 0:
-                print(f'{title} {seconds:.2f} sec(s) Train Acc: {train_acc:.6f} '
-                      f'Loss: {train_loss:.6f} | Val Acc: {val_acc:.6f} loss: {val_loss:.6f}',
-                      flush=True)
-            if not math.isfinite(train_loss + val_loss):
-                raise UserError('the loss is not a finite number: give a lower --lr, or --no-amp '
-                                'if the precision was not float32, to a new run or to this one: '
-                                f'--out "{folder}" --resume')
-            # A row of history.csv; more columns can be added.
-            history.append({'epoch': epoch, 'seconds': seconds, 'train_acc': train_acc,
-                            'train_loss': train_loss, 'val_acc': val_acc, 'val_loss': val_loss})
-            if val_acc > best_acc:
-                best_acc, best_epoch = val_acc, epoch
-                best_model = copy.deepcopy(model.state_dict())
+    # The data (section 2.2)
+    classes, train_files, val_files = find_photographs(options.data_dir)
+    say(f'{len(classes)} classes, {len(train_files)} photographs for training, '
+        f'{len(val_files)} for validation')
+    train_x, train_y = readfile(train_files)
+    val_x, val_y = readfile(val_files)
+    train_set = ImgDataset(train_x, train_y, train_transform)
+    val_set = ImgDataset(val_x, val_y, test_transform)
+    if options.recipe == 'better':
+        train_set.transform = better_transform
+    # Pinned memory is memory from which a CUDA GPU can copy faster. Workers that are persistent
+    # are started once, and not in every epoch.
+    loader_options = {'num_workers': workers, 'persistent_workers': workers > 0,
+                      'pin_memory': device.type == 'cuda'}
+    train_loader = DataLoader(own_part(train_set, same_size=True), batch_size=own_batch_size,
+                              shuffle=True, **loader_options)
+    val_loader = DataLoader(own_part(val_set), batch_size=own_batch_size, shuffle=False,
+                            **loader_options)
 
-            save_now = epoch == num_epoch or time.monotonic() - saved_time >= save_seconds
-            if rank == 0 and save_now:
-                save_run(folder, {
-                    'model': model.state_dict(), 'best_model': best_model,
-                    'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-                    'history': history, 'best_epoch': best_epoch, 'photographs': photographs,
-                    'options': {name: getattr(args, name) for name in saved_options},
-                    # What must be the same when the weights are used again:
-                    'required': requirements(model, classes)})
-                saved_time = time.monotonic()
+    # The network (section 2.3)
+    torch.manual_seed(options.seed)
+    model = make_model(len(classes), device)
+    loss = nn.CrossEntropyLoss().to(device)
+    if options.recipe == 'better':
+        # Its loss is for training only, so that both recipes can be compared in validation.
+        training_loss, optimizer = better_loss_and_optimizer(model, options.lr, device)
+    else:
+        training_loss = loss
+        # fused: updates all weights at once, which is faster.
+        optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
 
-        # What the best epoch's weights have learned
-        if rank == 0:
-            model.load_state_dict(best_model)
-            probabilities = predict_probabilities(model, val_x, batch_size, autocast)
-            counts = count_predictions(val_y, probabilities)
-            print_accuracies(counts, classes, 'with the best weights')
-            write_figure(folder / 'confusion.png', draw_confusion, counts, classes)
-            write_figure(folder / 'mistakes.png', draw_mistakes, val_x, val_files, probabilities,
-                         classes)
-    if world_size > 1:
-        # Without this pause, PyTorch 2.6 on CPUs sometimes waits for itself forever.
-        time.sleep(1)
-        distributed.destroy_process_group()
+    # Computing with 16 bits, and the state of a run that is continued: neither is in the book.
+    autocast, scaler = mixed_precision(device, dtype)
+    photographs = {'training': checksum(train_files, options.data_dir),
+                   'validation': checksum(val_files, options.data_dir)}
+    history, best_acc, best_epoch, best_model = [], -1, None, None
+    if checkpoint is not None:
+        restore(model, optimizer, scaler, checkpoint, folder / 'last.pt', classes)
+        say(f'resumed from epoch {len(checkpoint["history"])} in {folder}')
+        compare_photographs(checkpoint, photographs)
+        history, best_acc = checkpoint['history'], checkpoint['best_acc']
+        best_epoch, best_model = checkpoint['best_epoch'], checkpoint['best_model']
+
+    # The training (section 2.4). With several processes, the network is wrapped.
+    parallel_model = parallel(model)
+    saved_time = time.monotonic()
+    for epoch in range(len(history) + 1, options.epochs + 1):
+        start_time = time.perf_counter()
+        title = f'[{epoch:03d}/{options.epochs:03d}]'
+        # An epoch's random numbers depend on its number: so a resumed run gets the same ones as a
+        # run without interruption. (Not with loader workers, which have their own.)
+        torch.manual_seed(options.seed + (max_seed + 1) * epoch + rank())
+        # A learning-rate schedule. As it is computed from `epoch`, it needs nothing from a
+        # checkpoint.
+        if options.recipe == 'better':
+            rate = better_learning_rate(options.lr, epoch, options.epochs)
+            optimizer.param_groups[0]['lr'] = rate
+
+        train_acc, train_loss = train_epoch(parallel_model, progress(train_loader, title),
+                                            training_loss, optimizer, autocast, scaler)
+        share_batch_norm(model)
+        val_acc, val_loss = evaluate(model, progress(val_loader, f'{title} validation'),
+                                     loss, autocast)
+
+        seconds = time.perf_counter() - start_time
+        if rank() == 0:
+            print(f'{title} {seconds:.2f} sec(s) Train Acc: {train_acc:.6f} '
+                  f'Loss: {train_loss:.6f} | Val Acc: {val_acc:.6f} loss: {val_loss:.6f}',
+                  flush=True)
+        if not math.isfinite(train_loss + val_loss):
+            raise UserError('the loss is not a finite number: give a lower --lr, or --no-amp if '
+                            'the precision was not float32, to a new run or to this one: '
+                            f'--out "{folder}" --resume')
+        # A row of history.csv; more columns can be added.
+        history.append({'epoch': epoch, 'seconds': seconds, 'train_acc': train_acc,
+                        'train_loss': train_loss, 'val_acc': val_acc, 'val_loss': val_loss})
+        if val_acc > best_acc:
+            best_acc, best_epoch = val_acc, epoch
+            best_model = copy.deepcopy(model.state_dict())
+        checkpoint = {'model': model.state_dict(), 'best_model': best_model,
+                      'optimizer': optimizer.state_dict(),
+                      'optimizer_kind': type(optimizer).__name__, 'scaler': scaler.state_dict(),
+                      'history': history, 'best_acc': best_acc, 'best_epoch': best_epoch,
+                      'photographs': photographs,
+                      'options': {name: getattr(options, name) for name in book_options},
+                      # What must be the same when the weights are used again:
+                      'required': requirements(model, classes)}
+        if time.monotonic() - saved_time >= save_seconds:
+            save_run(folder, checkpoint)
+            saved_time = time.monotonic()
+
+    # What the best epoch's weights have learned
+    if rank() == 0:
+        is_saved = save_run(folder, checkpoint)
+        model.load_state_dict(best_model)
+        probabilities = predict_probabilities(model, val_x, options.batch_size, autocast)
+        counts = count_predictions(val_y, probabilities)
+        print_accuracies(counts, classes, 'with the best weights')
+        write_figure(folder / 'confusion.png', draw_confusion, counts, classes)
+        write_figure(folder / 'mistakes.png', draw_mistakes, val_x, val_files, probabilities,
+                     classes)
+        if not is_saved:
+            raise UserError('the end of the run is not saved completely: close the program that '
+                            f'uses its files, and give --out "{folder}" --resume')
 
 
 # ----------------------------------------------------------------------------------------------
@@ -392,33 +394,31 @@ def main(arguments=None):
 
 # ---- Command line ----------------------------------------------------------------------------
 
-def parse_arguments(arguments, saved=None):
-    """Returns the options of the command line; saved: those of the run that it continues.
-
-    An option that is not given has its saved value, or else the demo's, better's or the book's.
-    """
+def parse_arguments(arguments):
+    """Returns what is on the command line. Options that are saved with a run are only there if they
+    are typed: choose_options knows the others."""
     # --help begins with the text at the top of this file.
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
-    parser.add_argument('--recipe', choices=['book', 'better'], default='book',
+    saved, demo, better = argparse.SUPPRESS, demo_options, better_options
+    add_data_arguments(parser, saved)
+    parser.add_argument('--recipe', choices=['book', 'better'], default=saved,
                         help="how to train: as the book does, or with better's augmentation, batch "
-                        'size, loss, optimizer and learning rates (default: %(default)s)')
-    demo, better = demo_options, better_options
-    parser.add_argument('--epochs', type=int, metavar='N', default=num_epoch,
+                        'size, loss, optimizer and learning rates (default: book)')
+    parser.add_argument('--epochs', type=int, metavar='N', default=saved,
                         help='how many times to train on all training images '
-                        f'(default: %(default)s; with --demo {demo["epochs"]})')
-    parser.add_argument('--batch-size', type=int, metavar='N', default=batch_size,
+                        f'(default: {num_epoch}; with --demo {demo["epochs"]})')
+    parser.add_argument('--batch-size', type=int, metavar='N', default=saved,
                         help='images in a training step, of all processes together '
-                        f'(default: %(default)s; with --recipe better {better["batch_size"]}; '
+                        f'(default: {batch_size}; with --recipe better {better["batch_size"]}; '
                         f'with --demo {demo["batch_size"]})')
-    parser.add_argument('--lr', type=float, metavar='X', default=learning_rate,
+    parser.add_argument('--lr', type=float, metavar='X', default=saved,
                         help='learning rate; with --recipe better, the highest one '
-                        f'(default: %(default)s; with --demo {demo["lr"]})')
-    parser.add_argument('--seed', type=int, metavar='N', default=0,
+                        f'(default: {learning_rate}; with --demo {demo["lr"]})')
+    parser.add_argument('--seed', type=int, metavar='N', default=saved,
                         help='on the CPU, a run with the same seed gives the same results '
-                        '(default: %(default)s)')
-    parser.add_argument('--no-amp', action='store_true',
+                        f'(default: {book_options["seed"]})')
+    parser.add_argument('--no-amp', action='store_true', default=saved,
                         help='no automatic mixed precision: compute with 32 bits (default: with '
                         '16 bits where that is faster)')
     parser.add_argument('--workers', type=int, metavar='N',
@@ -438,36 +438,44 @@ def parse_arguments(arguments, saved=None):
     parser.add_argument('--dreams', action='store_true',
                         help='write dreams.png: what the classes look like to the network of the '
                         'run in --out')
-    parser.add_argument('--features', nargs=1, type=os.path.expanduser, metavar='PHOTO',
+    parser.add_argument('--features', type=os.path.expanduser, metavar='PHOTO',
                         help='write features.png: the strongest feature maps of each block of the '
                         'network of the run in --out, for a photograph')
     parser.add_argument('--checkpoint', default='best.pt', metavar='NAME',
                         help='the file in --out that --predict, --dreams and --features use '
                         '(default: %(default)s)')
     args = parser.parse_args(arguments)
-    if args.recipe == 'better':
-        parser.set_defaults(**better_options)
-    if args.demo:
-        parser.set_defaults(**demo_options)
-    if saved is not None:
-        parser.set_defaults(**saved)
-    # Once more, now that the defaults are known.
-    args = parser.parse_args(arguments)
-    if args.demo:
-        args.data_dir = demo_dir
     if args.out is None and (args.resume or args.predict or args.dreams or args.features):
         parser.error('--resume, --predict, --dreams and --features need the folder of a run: '
                      '--out DIR')
-    # The run may be continued from a different current folder.
-    args.data_dir = os.path.abspath(args.data_dir)
-    limits = {'epochs': (1, 10**9), 'batch_size': (1, 10**9), 'lr': (0, 1), 'seed': (0, 999_999),
+    if args.out == '':
+        parser.error('--out has no name of a folder after it')
+    limits = {'epochs': (1, 10**9), 'batch_size': (1, 10**9), 'lr': (0, 1), 'seed': (0, max_seed),
               'workers': (0, 1000)}
     for name, (low, high) in limits.items():
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         # Written with "not", so that nan is refused as well.
         if value is not None and not low <= value <= high:
             parser.error(f'--{name.replace("_", "-")} {value}: must be in {low}..{high}')
+    if args.demo:
+        args.data_dir = demo_dir
     return args
+
+
+def choose_options(args, checkpoint=None):
+    """The options of a run: those that are typed, or else those that the run has saved, or else
+    those of the demo, of the better recipe, or of the book."""
+    options = ChainMap(vars(args))
+    if checkpoint is not None:
+        options.maps.append(checkpoint['options'])
+    if args.demo:
+        options.maps.append(demo_options)
+    if options.get('recipe') == 'better':
+        options.maps.append(better_options)
+    options.maps.append(book_options)
+    # The run may be continued from a different current folder.
+    options['data_dir'] = os.path.abspath(options['data_dir'])
+    return argparse.Namespace(**options)
 
 
 # ---- Hardware --------------------------------------------------------------------------------
@@ -477,26 +485,27 @@ def pick_device(name):
 
     Raises UserError if PyTorch cannot use the device here.
     """
-    if name is None:
-        name = 'cpu'
-        if torch.accelerator.is_available():
-            name = torch.accelerator.current_accelerator().type
+    found = 'cpu'
+    if torch.accelerator.is_available():
+        found = torch.accelerator.current_accelerator().type
+    name = name or found
     if name == 'cuda':
         # Each of the processes that torchrun starts on a machine gets a GPU of its own.
         name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    problem = f'PyTorch {torch.__version__} cannot use the device {name} here'
+    cure = 'see .github/install.md. --device cpu always works'
     try:
         device = torch.device(name)
+        if device.type not in ('cpu', found):
+            # Asked all the same, PyTorch would answer with anything, even an AttributeError.
+            raise UserError(f'{problem}: it finds no such device; {cure}')
         if device.type == 'cuda':
             # Otherwise PyTorch would take some memory on GPU 0 as well.
             torch.cuda.set_device(device)
         # Some devices fail only when they have to compute something.
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        # PyTorch raises any of these, depending on the kind of device.
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f'PyTorch {torch.__version__} cannot use the device {name} here: '
-                        f'{lines[0]}; see .github/install.md. --device cpu always works'
-                        ) from None
+    except RuntimeError as error:
+        raise UserError(f'{problem}: {str(error).splitlines()[0]}; {cure}') from None
     return device
 
 
@@ -523,9 +532,10 @@ def pick_precision(device, no_amp):
             return torch.float16
     if device.type == 'cpu':
         # Only CPUs with these instructions are fast with bfloat16. PyTorch has no public functions
-        # for this.
-        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-            return torch.bfloat16
+        # for this, and these may go.
+        for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'):
+            if hasattr(torch.cpu, name) and getattr(torch.cpu, name)():
+                return torch.bfloat16
     return torch.float32
 
 
@@ -558,37 +568,57 @@ def pick_workers(wanted, device):
 # ---- Several processes, started by torchrun --------------------------------------------------
 
 def join_processes(device):
-    """Connects the processes that torchrun has started. Returns the number of this process,
-    counted from 0, and how many there are."""
-    if not distributed.is_torchelastic_launched():
-        return 0, 1
-    backend = 'gloo'
-    if device.type == 'cuda':
-        backend = 'nccl'
-    distributed.init_process_group(backend)
-    return distributed.get_rank(), distributed.get_world_size()
+    """Connects the processes that torchrun has started. Without torchrun, does nothing."""
+    if distributed.is_torchelastic_launched():
+        backend = 'gloo'
+        if device.type == 'cuda':
+            backend = 'nccl'
+        distributed.init_process_group(backend)
 
 
-def from_process_0(values):
-    """Returns in every process the values that process 0 has, for which the others wait."""
-    values = list(values)
+def leave_processes():
+    """Ends what join_processes has begun."""
+    if distributed.is_initialized():
+        if distributed.get_backend() == 'gloo':
+            # Without this pause, PyTorch 2.6 sometimes waits for itself forever.
+            time.sleep(1)
+        distributed.destroy_process_group()
+
+
+def rank():
+    """The number of this process, counted from 0."""
+    if distributed.is_initialized():
+        return distributed.get_rank()
+    return 0
+
+
+def world_size():
+    """How many processes train together."""
+    if distributed.is_initialized():
+        return distributed.get_world_size()
+    return 1
+
+
+def from_process_0(value):
+    """Returns in every process the value that process 0 has, for which the others wait."""
+    values = [value]
     if distributed.is_initialized():
         distributed.broadcast_object_list(values)
-    return values
+    return values[0]
 
 
 def say(message):
     """Prints a message on stderr. If there are several processes, process 0 does."""
-    if not distributed.is_initialized() or distributed.get_rank() == 0:
+    if rank() == 0:
         print(message, file=sys.stderr)
 
 
-def share_of_batch(batch_size, world_size):
+def share_of_batch(batch_size):
     """How many images of a batch each process has. Raises UserError if the shares are unequal."""
-    if batch_size % world_size != 0:
-        raise UserError(f'{world_size} processes cannot share batches of {batch_size} images '
+    if batch_size % world_size() != 0:
+        raise UserError(f'{world_size()} processes cannot share batches of {batch_size} images '
                         'equally: choose a different --batch-size or --nproc-per-node')
-    return batch_size // world_size
+    return batch_size // world_size()
 
 
 def own_part(dataset, same_size=False):
@@ -597,18 +627,17 @@ def own_part(dataset, same_size=False):
     same_size: whether all parts must have the same size, so that all processes take the same
     number of training steps. Then some images at the end are left out, fewer than processes.
     """
-    if not distributed.is_initialized():
+    if world_size() == 1:
         return dataset
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     end = len(dataset)
     if same_size:
-        end -= end % world_size
-    return Subset(dataset, range(rank, end, world_size))
+        end -= end % world_size()
+    return Subset(dataset, range(rank(), end, world_size()))
 
 
 def parallel(model):
     """The network for training. With several processes, backward() averages their gradients."""
-    if not distributed.is_initialized():
+    if world_size() == 1:
         return model
     if distributed.get_backend() == 'nccl':
         # Changes the batch norm layers inside `model`: they use the images of all processes.
@@ -617,66 +646,67 @@ def parallel(model):
 
 
 def share_batch_norm(model):
-    """Gives all processes the batch norm statistics of process 0: on CPUs they differ."""
-    if distributed.is_initialized():
+    """Gives all processes the batch norm statistics of process 0: on CPUs they differ. With one
+    process, does nothing."""
+    if world_size() > 1:
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)
 
 
 def progress(batches, title):
-    """The batches, with a progress bar on a terminal. Only process 0 shows it."""
-    # For tqdm None means: hidden unless stderr is a terminal.
-    hidden = None
-    if distributed.is_initialized() and distributed.get_rank() > 0:
-        hidden = True
-    return tqdm(batches, title, leave=False, disable=hidden)
+    """The batches, with a progress bar that only process 0 shows."""
+    if rank() > 0:
+        return batches
+    return with_progress_bar(batches, title, len(batches))
 
 
 # ---- The run's folder ------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def open_run(out, resume, rank):
+def open_run(out, resume):
     """Opens the folder of a run for a with-block. out, resume: what --out and --resume say.
 
-    Yields the folder, and the checkpoint to continue from, or None. If the block is interrupted,
-    says how to continue. Only process 0 does this. Raises UserError if the folder cannot be used.
+    Yields the folder, and the checkpoint to continue from, or None; process 0 tells the others.
+    If the block is interrupted, says how to continue. Raises UserError if the folder cannot be
+    used.
     """
-    if rank > 0:
-        yield None, None
+    if rank() > 0:
+        yield from_process_0(None)
         return
-    folder = make_folder(out)
-    with locked(folder):
-        checkpoint = find_checkpoint(folder, resume)
-        try:
-            yield folder, checkpoint
-        except UserError:
-            # The message says what to do.
-            raise
-        except BaseException as error:
-            # Ctrl-C, a full GPU, or an error in the script.
+    folder, is_new = make_folder(out)
+    try:
+        with locked(folder):
+            yield from_process_0((folder, find_checkpoint(folder, resume)))
+    except BaseException as error:
+        # Ctrl-C, full memory, or an error in the script. A UserError says itself what to do.
+        if not isinstance(error, UserError):
             print(how_to_continue(folder), file=sys.stderr)
-            if isinstance(error, torch.OutOfMemoryError):
-                raise UserError('the GPU has too little memory, a smaller --batch-size needs less: '
-                                f'{str(error).splitlines()[0]}') from None
-            raise
-        finally:
-            # An empty folder is not left behind.
+        raise
+    finally:
+        if is_new:
+            # Only an empty folder can be removed: it is not left behind.
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
 def make_folder(out):
-    """Makes the folder `out`, or, if that is None, the next of runs/001, runs/002, ..."""
+    """Makes the folder `out`, or, if that is None, the next of runs/001, runs/002, ...
+
+    Returns it, and whether it is new.
+    """
     try:
-        Path(out or 'runs').mkdir(parents=True, exist_ok=True)
         if out is not None:
-            return Path(out)
+            folder = Path(out)
+            is_new = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder, is_new
+        Path('runs').mkdir(exist_ok=True)
         for number in itertools.count(1):
+            folder = Path('runs', f'{number:03d}')
             # If it exists, it belongs to another run, perhaps to one that has just begun.
             with contextlib.suppress(FileExistsError):
-                folder = Path('runs', f'{number:03d}')
                 folder.mkdir()
-                return folder
+                return folder, True
     except OSError as error:
         raise UserError(f'cannot make the folder {error.filename}: {error.strerror}; --out names '
                         'another place') from None
@@ -685,25 +715,28 @@ def make_folder(out):
 def find_checkpoint(folder, resume):
     """Returns the checkpoint in the folder of a run; None if it is a new run.
 
-    Raises UserError if the run would replace files of another one.
+    Raises UserError if the run would replace files, of another run or of anybody.
     """
-    files = os.listdir(folder)
+    try:
+        # last.pt.tmp: a run was killed while it saved for the first time.
+        files = [name for name in os.listdir(folder)
+                 if name != 'last.pt.tmp' and not is_hidden(name)]
+    except OSError as error:
+        raise UserError(f'cannot list the folder {folder}: {error.strerror}') from None
     if not os.access(folder, os.W_OK):
         raise UserError(f'cannot write into the folder {folder}: --out names another place')
-    if files and not resume:
+    if not files:
+        return None
+    if not resume:
         raise UserError(f'{folder} already holds files: continue the run in it with --resume, or '
                         'choose a different --out')
     if 'last.pt' not in files:
-        if 'best.pt' in files:
-            raise UserError(f'{folder} holds a run, but its last.pt is missing, so it cannot be '
-                            'continued: choose a different --out')
-        return None
+        raise UserError(f'{folder} holds files, such as {files[0]}, but last.pt is missing: no run '
+                        'can be continued there; choose a different --out')
     checkpoint = load_checkpoint(folder / 'last.pt')
     if 'optimizer' not in checkpoint:
         raise UserError(f'{folder / "last.pt"} is incompatible: it holds only weights, as best.pt '
                         'does; start a new run in a different folder')
-    # If the run was killed while it saved, these are older than last.pt.
-    write_results(folder, checkpoint)
     return checkpoint
 
 
@@ -713,33 +746,30 @@ def locked(folder):
     # The lock is a file in the system's folder for temporary files, because network drives such as
     # Google Drive have no reliable locks.
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    with contextlib.ExitStack() as until_the_end:
-        try:
-            lock = FileLock(os.path.join(tempfile.gettempdir(), f'food-11-{name}.lock'))
-            until_the_end.enter_context(lock.acquire(timeout=0))
-        except Timeout:
-            raise UserError(f'{folder} is in use by another run: wait until that has ended, or '
-                            'choose a different --out') from None
-        except (OSError, NotImplementedError):
-            # No lock is possible here either. It is not worth giving up a night's training.
-            pass
+    try:
+        lock = FileLock(os.path.join(tempfile.gettempdir(), f'food-11-{name}.lock'))
+        acquired = lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f'{folder} is in use by another run: wait until that has ended, or choose '
+                        'a different --out') from None
+    except (OSError, NotImplementedError):
+        # No lock is possible here either. It is not worth giving up a night's training.
+        acquired = contextlib.nullcontext()
+    with acquired:
         yield
 
 
 def save_run(folder, checkpoint):
-    """Writes last.pt, which holds all that is needed to continue, and the other files."""
+    """Writes last.pt, which holds all that is needed to continue, and what people want to have of
+    it: best.pt, history.csv, curves.png and settings.json. Only process 0 does.
+
+    Returns whether all are written; `write` says why one of them is not.
+    """
+    if rank() > 0:
+        return False
     # Makes numbers of Python of those of NumPy, which load_checkpoint would refuse.
-    checkpoint['history'] = json.loads(json.dumps(checkpoint['history'], default=float))
-    write_checkpoint(folder / 'last.pt', checkpoint)
-    write_results(folder, checkpoint)
-
-
-def write_results(folder, checkpoint):
-    """Writes what people want to have of a checkpoint: best.pt, history.csv, curves.png and
-    settings.json."""
-    write_checkpoint(folder / 'best.pt', {'model': checkpoint['best_model'],
-                                          'required': checkpoint['required']})
-    history = checkpoint['history']
+    history = json.loads(json.dumps(checkpoint['history'], default=float))
+    checkpoint = {**checkpoint, 'history': history}
     text = io.StringIO()
     # Columns may have been added to or removed from the script since the first epochs:
     # restval='' leaves a gap, extrasaction='ignore' leaves the rest out.
@@ -747,20 +777,51 @@ def write_results(folder, checkpoint):
                            lineterminator='\n')
     table.writeheader()
     table.writerows(history)
-    write_text(folder / 'history.csv', text.getvalue())
-    write_figure(folder / 'curves.png', draw_curves, history, checkpoint['best_epoch'])
     settings = {**checkpoint['options'], 'classes': checkpoint['required']['classes']}
-    write_text(folder / 'settings.json', json.dumps(settings, indent=1, ensure_ascii=False) + '\n')
+    return all([
+        write_checkpoint(folder / 'last.pt', checkpoint),
+        write_checkpoint(folder / 'best.pt', {'model': checkpoint['best_model'],
+                                              'required': checkpoint['required']}),
+        write_text(folder / 'history.csv', text.getvalue()),
+        write_figure(folder / 'curves.png', draw_curves, history, checkpoint['best_epoch']),
+        write_text(folder / 'settings.json',
+                   json.dumps(settings, indent=1, ensure_ascii=False) + '\n')])
 
 
 def how_to_continue(folder):
     """What is saved in the folder of a run, and which command continues the run."""
-    if not (folder / 'last.pt').exists():
+    if not os.path.exists(folder / 'last.pt'):
         return 'nothing is saved yet'
-    # mmap: does not read the weights.
-    checkpoint = torch.load(folder / 'last.pt', weights_only=True, map_location='cpu', mmap=True)
+    try:
+        checkpoint = load_checkpoint(folder / 'last.pt')
+    except UserError as error:
+        return str(error)
     return (f'{folder} holds the state after epoch {len(checkpoint["history"])}; continue with '
             f'python chapter2_2_train.py --out "{folder}" --resume')
+
+
+def checksum(files, data_dir):
+    """A text that is different if the names or the labels of photographs are different."""
+    names = sorted((readable(file.relative_to(data_dir).as_posix()), label)
+                   for file, label in files)
+    return hashlib.sha256(repr(names).encode()).hexdigest()
+
+
+def compare_photographs(checkpoint, photographs):
+    """Says if the photographs are others than those of the checkpoint. photographs: the checksums
+    of those for training and for validation.
+
+    The best epoch was the best on the old photographs for validation. If these have changed, the
+    checkpoint becomes one in which any next epoch is better.
+    """
+    for part in ('training', 'validation'):
+        if photographs[part] != checkpoint['photographs'][part]:
+            say(f'the photographs for {part} have changed since then')
+    if photographs['validation'] != checkpoint['photographs']['validation']:
+        say('the best epoch is chosen anew, on the photographs that are for validation now')
+        checkpoint.update(best_acc=-1, best_epoch=len(checkpoint['history']),
+                          best_model=checkpoint['model'])
+    checkpoint['photographs'] = photographs
 
 
 # ---- Files -----------------------------------------------------------------------------------
@@ -768,8 +829,9 @@ def how_to_continue(folder):
 def write(path, content):
     """Writes a file of these bytes in such a way that it is complete, or else as it was before.
 
-    If another program holds the file open, so that Windows does not allow replacing it, says so.
-    Raises UserError if the file cannot be written, for example because the disk is full.
+    Returns whether it is written: if another program holds the file open, so that Windows does not
+    allow replacing it, says so and returns False. Raises UserError if it cannot be written for
+    another reason, for example because the disk is full.
     """
     temporary = path.with_name(path.name + '.tmp')
     try:
@@ -778,7 +840,7 @@ def write(path, content):
             # The content must be on the disk before the old file goes: the power may fail.
             file.flush()
             os.fsync(file.fileno())
-        replace_patiently(temporary, path)
+        return replace_patiently(temporary, path)
     except OSError as error:
         raise UserError(f'cannot write {path}: {error.strerror}; what was saved before is intact'
                         ) from None
@@ -789,21 +851,22 @@ def write(path, content):
 
 
 def replace_patiently(temporary, path):
-    """Puts the temporary file in the place of `path`. While another program holds that open, on
-    Windows, tries again for two seconds; then the run goes on without."""
+    """Puts the temporary file in the place of `path`, and returns True. If another program holds
+    that open, on Windows, for more than two seconds, says so and returns False."""
     for _ in range(20):
         try:
             os.replace(temporary, path)
-            return
+            return True
         except PermissionError:
             time.sleep(0.1)
     print(f'{path} is in use by another program and was left as it was', file=sys.stderr)
+    return False
 
 
 def write_text(path, text):
     """Writes a text file, as `write` does."""
     # surrogateescape: Linux allows file names that are not Unicode. They are written as they are.
-    write(path, text.encode(errors='surrogateescape'))
+    return write(path, text.encode(errors='surrogateescape'))
 
 
 def write_figure(path, draw, *arguments):
@@ -811,7 +874,7 @@ def write_figure(path, draw, *arguments):
     content = io.BytesIO()
     with picture_settings():
         draw(*arguments).savefig(content, format='png')
-    write(path, content.getvalue())
+    return write(path, content.getvalue())
 
 
 def write_checkpoint(path, checkpoint):
@@ -819,7 +882,7 @@ def write_checkpoint(path, checkpoint):
     # Into memory first: torch.save has no clear error for a full disk.
     content = io.BytesIO()
     torch.save(checkpoint, content)
-    write(path, content.getbuffer())
+    return write(path, content.getbuffer())
 
 
 def load_checkpoint(path):
@@ -850,13 +913,6 @@ def load_checkpoint(path):
         raise UserError(f'{path} is incompatible: not a checkpoint of this version of the script; '
                         'start a new run in a different folder')
     return checkpoint
-
-
-def checksum(files, data_dir):
-    """A text that is different if the names or the labels of photographs are different."""
-    names = sorted((readable(file.relative_to(data_dir).as_posix()), label)
-                   for file, label in files)
-    return hashlib.sha256(repr(names).encode()).hexdigest()
 
 
 def requirements(model, classes):
@@ -890,9 +946,13 @@ def load_weights(model, checkpoint, path, classes):
 def restore(model, optimizer, scaler, checkpoint, path, classes):
     """Brings all that the training changes into the state that the checkpoint has.
 
-    Raises UserError as load_weights does.
+    Raises UserError as load_weights does, and if the optimizer is of another kind.
     """
     load_weights(model, checkpoint, path, classes)
+    then, now = checkpoint['optimizer_kind'], type(optimizer).__name__
+    if then != now:
+        raise UserError(f'{path} is incompatible: its optimizer was {then}, now it is {now}; undo '
+                        'this change, or start a new run in a different folder')
     # Only Adam's averages come from the checkpoint; its options are those of the script and the
     # command line, so that a lower --lr or an edited weight decay takes effect.
     state_dict = optimizer.state_dict()
@@ -951,8 +1011,9 @@ def draw_confusion(counts, classes):
 
     Each cell shows a number of images, and its share of all images of the true class.
     """
-    # Half an inch for each class, but no picture that is too large to open.
-    side = min(3.5 + 0.5 * len(classes), 40)
+    # Half an inch for each class, and what the longest name takes; but no picture that is too large
+    # to open.
+    side = min(3.5 + 0.5 * len(classes) + 0.08 * max(map(len, classes)), 40)
     figure = new_figure(side, side)
     axes = figure.subplots()
     totals = counts.sum(1)
@@ -1053,10 +1114,10 @@ def percent(part, whole):
     return f'{part / whole:.1%}'
 
 
-def use_run(args):
+def use_run(args, device):
     """Does what --predict, --dreams and --features ask for, with a checkpoint of the run in
     --out."""
-    device = pick_device(args.device)
+    options = choose_options(args)
     folder = Path(args.out)
     model, classes = load_model(folder / args.checkpoint, device)
     if args.dreams:
@@ -1066,65 +1127,71 @@ def use_run(args):
                      'what the classes look like to the network')
         print(f'picture written to {folder / "dreams.png"}')
     if args.features:
-        path = find_paths(args.features)[0]
-        image = read_image(path)
+        image = read_image(args.features)
         if image is None:
-            refuse_files([path], NO_IMAGE)
+            refuse_files([args.features], NO_IMAGE)
         write_figure(folder / 'features.png', draw_features, model, image)
         print(f'picture written to {folder / "features.png"}')
     if args.predict:
-        autocast, _ = mixed_precision(device, pick_precision(device, args.no_amp))
-        predict(args.predict, model, classes, folder / 'predict.csv', args.batch_size, autocast)
+        autocast, _ = mixed_precision(device, pick_precision(device, options.no_amp))
+        predict(args.predict, model, classes, folder / 'predict.csv', options.batch_size, autocast)
 
 
 def predict(paths, model, classes, csv_file, batch_size, autocast):
-    """Predicts the classes of photographs. A folder stands for all photographs in it: their
-    predictions are written into csv_file. If they are named or arranged like those for training,
-    also prints the accuracy.
+    """Predicts the classes of photographs, or of those in a folder. Those in a folder are written
+    into csv_file; if they are named or arranged like those for training, also prints the accuracy.
 
     Raises UserError at the end if some photographs cannot be read; it says which.
     """
-    bad_files = []
-    for path in find_paths(paths):
-        files = [(path, None)]
-        if path.is_dir():
-            files = labelled_files(path, classes)
-        image_files = [file for file, _ in files]
-        images = list(in_threads(read_image, image_files, 'reading'))
-        bad_files += [file for file, img in zip(image_files, images) if img is None]
-        readable_files = [pair for pair, img in zip(files, images) if img is not None]
-        images = [img for img in images if img is not None]
-        if not images:
-            continue
-        probabilities = predict_probabilities(model, np.stack(images), batch_size, autocast)
-        if path.is_dir():
-            print(f'{readable(path)}: {len(images)} of {len(files)} photographs predicted, in '
-                  f'{readable(csv_file)}')
-            print_test_accuracies(readable_files, probabilities, classes)
-            write_predictions(csv_file, path, readable_files, probabilities)
+    paths = find_paths(paths)
+    folders = [path for path in paths if path.is_dir()]
+    if folders and len(paths) > 1:
+        raise UserError('--predict takes photographs, or one folder, as predict.csv is one table')
+    if folders:
+        files = labelled_files(folders[0], classes)
+    else:
+        files = [(path, None) for path in paths]
+    images, readable_files, bad_files = [], [], []
+    image_files = [file for file, _ in files]
+    for pair, img in zip(files, in_threads(read_image, image_files, 'reading')):
+        if img is None:
+            bad_files.append(pair[0])
         else:
-            likeliest = np.argsort(-probabilities[0])[:3]
-            names = [f'{classes[label]} {probabilities[0, label]:.1%}' for label in likeliest]
-            print(f'{readable(path)}: {", ".join(names)}')
+            images.append(img)
+            readable_files.append(pair)
+    if images:
+        probabilities = predict_probabilities(model, np.stack(images), batch_size, autocast)
+        if folders:
+            print(f'{readable(folders[0])}: {len(images)} of {len(files)} photographs predicted, '
+                  f'in {readable(csv_file)}')
+            print_test_accuracies(readable_files, probabilities, classes)
+            write_predictions(csv_file, folders[0], readable_files, probabilities)
+        else:
+            print_likeliest(readable_files, probabilities, classes)
     refuse_files(bad_files, NO_IMAGE)
 
 
 def find_paths(paths):
-    """The files and folders that an option names, as Paths. Raises UserError if there are none,
-    or more folders than one."""
+    """The files and folders that --predict names, as Paths. Raises UserError if there are none."""
     found = []
-    for path in paths:
+    for path in map(Path, paths):
+        names = []
         if os.path.exists(path):
             names = [path]
-        else:
+        elif path.name:
             # Linux and macOS replace *.jpg by the names of the files, Windows does not.
-            names = sorted(glob.glob(path))
+            names = sorted(path.parent.glob(path.name))
         if not names:
             raise UserError(f'there is no file or folder {path}')
-        found += map(Path, names)
-    if sum(path.is_dir() for path in found) > 1:
-        raise UserError('--predict takes one folder at a time, as predict.csv is one table')
+        found += names
     return found
+
+
+def print_likeliest(files, probabilities, classes):
+    """Prints the three likeliest classes of each photograph."""
+    for (file, _), row in zip(files, probabilities):
+        names = [f'{classes[label]} {row[label]:.1%}' for label in np.argsort(-row)[:3]]
+        print(f'{readable(file)}: {", ".join(names)}')
 
 
 def print_test_accuracies(files, probabilities, classes):
@@ -1143,16 +1210,18 @@ def print_test_accuracies(files, probabilities, classes):
 def write_predictions(csv_file, folder, files, probabilities):
     """predict.csv, as the course's Kaggle page takes it: an Id and a label for each photograph.
 
-    The Id is the number that is its name (12 for 0012.jpg), or else its whole name.
+    The Id is the number that is the photograph's name (12 for 0012.jpg). If not all names are
+    different numbers, it is the whole name.
     """
+    ids = [file.relative_to(folder).with_suffix('').as_posix() for file, _ in files]
+    if all(name.isdecimal() for name in ids) and len(set(map(int, ids))) == len(ids):
+        ids = [int(name) for name in ids]
+    else:
+        ids = [file.relative_to(folder).as_posix() for file, _ in files]
     text = io.StringIO()
     table = csv.writer(text, lineterminator='\n')
     table.writerow(['Id', 'Category'])
-    for (file, _), label in zip(files, probabilities.argmax(1)):
-        if file.stem.isdecimal() and file.parent == folder:
-            table.writerow([int(file.stem), label])
-        else:
-            table.writerow([file.relative_to(folder).as_posix(), label])
+    table.writerows(zip(ids, probabilities.argmax(1)))
     write_text(csv_file, text.getvalue())
 
 

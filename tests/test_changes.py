@@ -11,12 +11,12 @@ from matplotlib.text import Text
 from tests.conftest import SMALL
 from tests.fake_food11 import draw_food11
 
-ADAM = 'torch.optim.Adam(model.parameters(), lr=args.lr,'
+ADAM = 'torch.optim.Adam(model.parameters(), lr=options.lr,'
 LOSS = 'nn.CrossEntropyLoss()'
 MODEL = 'model = Classifier(class_count)'
-SCHEDULE_PLACE = '            # A learning-rate schedule.'
-AFTER_EVALUATE = '            seconds = time.perf_counter() - start_time\n'
-AFTER_HISTORY = '            save_now = '
+SCHEDULE_PLACE = '        # A learning-rate schedule.'
+AFTER_EVALUATE = '        seconds = time.perf_counter() - start_time\n'
+AFTER_HISTORY = '        if time.monotonic() - saved_time'
 
 
 def train(scripts, data_dir, *arguments, out='run', epochs=1):
@@ -166,7 +166,7 @@ def test_another_data_set_needs_no_edit(small, tmp_path, monkeypatch, classes, d
 
 
 def test_a_learning_rate_schedule_is_right_after_a_resume(edited, few, tmp_path):
-    schedule = "            optimizer.param_groups[0]['lr'] = 0.001 * 0.5 ** (epoch - 1)\n"
+    schedule = "        optimizer.param_groups[0]['lr'] = 0.001 * 0.5 ** (epoch - 1)\n"
     changed = edited({SCHEDULE_PLACE: schedule + SCHEDULE_PLACE})
     resumed = checkpoint(use(changed, few, epochs=3))
     assert resumed['optimizer']['param_groups'][0]['lr'] == 0.001 * 0.25
@@ -203,13 +203,13 @@ def test_images_of_224_pixels(edited, scripts, tmp_path):
 def test_a_log_and_a_checkpoint_every_second_epoch(edited, few, tmp_path):
     """The log stands for TensorBoard's."""
     changed = edited({AFTER_HISTORY: (
-        '            if rank == 0:\n'
-        '                with open("log.txt", "a") as log:\n'
-        '                    print(epoch, val_acc, file=log)\n'
-        '                if epoch % 2 == 0:\n'
-        '                    write_checkpoint(folder / f"epoch_{epoch:03d}.pt", {\n'
-        '                        "model": model.state_dict(),\n'
-        '                        "required": requirements(model, classes)})\n'
+        '        if rank() == 0:\n'
+        '            with open("log.txt", "a") as log:\n'
+        '                print(epoch, val_acc, file=log)\n'
+        '            if epoch % 2 == 0:\n'
+        '                write_checkpoint(folder / f"epoch_{epoch:03d}.pt", {\n'
+        '                    "model": model.state_dict(),\n'
+        '                    "required": requirements(model, classes)})\n'
     ) + AFTER_HISTORY})
     run = use(changed, few, epochs=4)
     lines = (tmp_path / 'log.txt').read_text().splitlines()
@@ -242,9 +242,9 @@ def test_label_smoothing_and_class_weights(small, edited, few, loss, tmp_path):
 def test_top5_in_the_line_and_in_the_history_of_an_old_run(small, edited, few, copy_of_finished):
     changed = edited({
         AFTER_EVALUATE:
-            '            p = predict_probabilities(model, val_x, args.batch_size, autocast)\n'
-            '            best5 = p.argsort(1)[:, -5:]\n'
-            '            val_top5 = (best5 == val_y[:, np.newaxis]).any(1).mean()\n'
+            '        p = predict_probabilities(model, val_x, options.batch_size, autocast)\n'
+            '        best5 = p.argsort(1)[:, -5:]\n'
+            '        val_top5 = (best5 == val_y[:, np.newaxis]).any(1).mean()\n'
             + AFTER_EVALUATE,
         "'val_loss': val_loss}": "'val_loss': val_loss, 'val_top5': val_top5}",
         "loss: {val_loss:.6f}',": "loss: {val_loss:.6f} Top5: {val_top5:.6f}',"})

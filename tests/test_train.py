@@ -122,7 +122,7 @@ def test_accuracy_and_loss_count_every_image_once(food11):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 128 * 128, 11))
     modes = []
-    model.register_forward_hook(lambda *_: modes.append(model.training))
+    model.register_forward_hook(lambda *_: modes.append((model.training, torch.is_grad_enabled())))
     optimizer = torch.optim.Adam(model.parameters(), lr=0)
     scaler = torch.amp.GradScaler('cpu', enabled=False)
     results = [
@@ -130,7 +130,7 @@ def test_accuracy_and_loss_count_every_image_once(food11):
                           nn.CrossEntropyLoss(), optimizer, nullcontext(), scaler),
         train.evaluate(model, DataLoader(val_set, batch_size=16), nn.CrossEntropyLoss(),
                        nullcontext())]
-    assert modes == [True] * 3 + [False] * 2
+    assert modes == [(True, True)] * 3 + [(False, False)] * 2
     for dataset, (accuracy, loss) in zip((train_set, val_set), results):
         x, y = zip(*[dataset[i] for i in range(len(dataset))])
         # What ToTensor would give.
@@ -147,6 +147,30 @@ def test_evaluate_leaves_the_network_as_it_is(small, few):
     small.train.evaluate(model, DataLoader(val_set, batch_size=4), nn.CrossEntropyLoss(),
                          nullcontext())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_training_photographs_come_in_a_new_order_in_each_epoch(edited, few):
+    """Validation photographs always come in the order of their names."""
+    plain = edited({'    transforms.RandomHorizontalFlip(),\n'
+                    '    transforms.RandomRotation(15),': ''})
+    orders = {True: [], False: []}
+
+    def see(module, inputs):
+        if isinstance(module, nn.Flatten):
+            orders[module.training].append(hash(images[-1].numpy().tobytes()))
+        elif isinstance(module, nn.Sequential):
+            images.append(inputs[0])
+    images = []
+    hook = nn.modules.module.register_module_forward_pre_hook(see)
+    try:
+        done = plain.call('--data-dir', few, '--epochs', 3, '--batch-size', 1, '--device', 'cpu')
+    finally:
+        hook.remove()
+    assert done.returncode == 0, done.stderr
+    epochs = [tuple(orders[True][i:i + 10]) for i in (0, 10, 20)]
+    assert len(set(epochs)) == 3 and len({frozenset(epoch) for epoch in epochs}) == 1
+    # And once more, in one batch, for the table at the end.
+    assert orders[False][:10] == orders[False][10:20] == orders[False][20:30]
 
 
 def test_the_same_seed_gives_the_same_numbers(small, finished, few):
@@ -209,6 +233,31 @@ def test_stdout_has_the_epochs_and_the_table_and_nothing_else(small, few):
     lines = done.stdout.splitlines()
     assert all(map(LINE.fullmatch, lines[:2])) and lines[2].split()[:2] == ['with', 'the']
     assert lines[6].split() == ['3', 'Egg', '0', '0', '-', '-'] and len(lines) == 15
+
+
+@pytest.mark.parametrize('place', ['notebook', 'IDLE', 'pythonw'])
+def test_where_stdout_is_another_object_or_none(small, few, tmp_path, monkeypatch, place):
+    """Jupyter, Spyder and VS Code run a script in an ipykernel; IDLE has a window of its own."""
+    class Stream(io.StringIO):
+        def isatty(self):
+            return place == 'IDLE'
+    streams = [Stream(), Stream()]
+    if place == 'notebook':
+        monkeypatch.setitem(sys.modules, 'ipykernel', pytest)
+    if place == 'pythonw':
+        streams = [None, None]
+    monkeypatch.setattr(sys, 'stdout', streams[0])
+    monkeypatch.setattr(sys, 'stderr', streams[1])
+    monkeypatch.chdir(tmp_path)
+    small.data.run_script(lambda: small.train.main(
+        ['--data-dir', str(few), '--epochs', '1', '--device', 'cpu', '--out', 'run']))
+    small.data.run_script(lambda: small.data.main(['--data-dir', str(few)]))
+    assert (tmp_path / 'run' / 'confusion.png').exists()
+    if place != 'pythonw':
+        texts = [stream.getvalue() for stream in streams]
+        assert LINE.fullmatch(texts[0].splitlines()[0])
+        assert texts[1].startswith('device cpu')
+        assert ('reading:' in texts[1]) == (place == 'notebook')
 
 
 @POSIX
@@ -275,16 +324,24 @@ def test_help_says_units_and_defaults(scripts):
         assert default in text
 
 
-def test_a_full_gpu_ends_in_one_line_and_says_how_to_continue(small, copy_of_finished, monkeypatch):
+@pytest.mark.parametrize('error', [
+    torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 64 GiB.\nGPU 0 has ...'),
+    MemoryError('Unable to allocate 64 GiB for an array'), MemoryError()], ids=str)
+def test_full_memory_ends_in_one_line_and_says_how_to_continue(
+        small, copy_of_finished, monkeypatch, error):
+    """Of a GPU, or of the computer."""
     def full(*_, **__):
-        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 64 GiB.\nGPU 0 has ...')
+        raise error
     monkeypatch.setattr(nn.Conv2d, 'forward', full)
     done = small.call('--out', 'run', '--resume', '--epochs', 5, '--device', 'cpu')
     assert done.returncode == 1 and done.stderr.count('\n') == 6
-    line, error = done.stderr.splitlines()[-2:]
+    line, message = done.stderr.splitlines()[-2:]
     assert line.startswith('run holds the state after epoch 3; continue with python')
-    assert error.startswith('error: the GPU has too little memory') and '64 GiB' in error
-    assert 'smaller --batch-size' in error
+    assert message.startswith('error: too little memory') and 'smaller --batch-size' in message
+    assert ('64 GiB' in message) == bool(error.args)
+    done = small.call('--out', 'run', '--dreams', '--device', 'cpu')
+    assert done.returncode == 1 and done.stderr.count('\n') == 1
+    assert done.stderr.startswith('error: too little memory')
 
 
 def test_an_engineers_mistake_keeps_its_traceback(edited, copy_of_finished, few):
@@ -317,6 +374,8 @@ def test_the_device_is_the_accelerator_if_there_is_one(monkeypatch):
 def test_each_process_takes_a_gpu_of_its_own_and_no_memory_on_another(monkeypatch):
     events = []
     ones = torch.ones
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda: CUDA)
     monkeypatch.setattr(torch.cuda, 'set_device', lambda device: events.append(str(device)))
     monkeypatch.setattr(torch, 'ones', lambda *size, device: events.append('tensor') or ones(*size))
     monkeypatch.setenv('LOCAL_RANK', '1')
@@ -330,6 +389,8 @@ def test_a_gpu_that_this_pytorch_has_no_kernels_for(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError('CUDA error: no kernel image is available for execution on the device\n'
                            'CUDA kernel errors might be asynchronously reported')
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda: CUDA)
     monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
     monkeypatch.setattr(torch, 'ones', fail)
     with pytest.raises(data.UserError) as error:
@@ -337,6 +398,20 @@ def test_a_gpu_that_this_pytorch_has_no_kernels_for(monkeypatch):
     for words in ('cuda:0', 'no kernel image', 'install.md', '--device cpu'):
         assert words in str(error.value)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['cuda', 'cuda:1', 'mps', 'xpu'])
+def test_a_gpu_that_this_pytorch_does_not_know_at_all(scripts, monkeypatch, name):
+    """A build for CPUs, which requirements.txt brings to Windows: PyTorch's own answer would be an
+    AttributeError, or 1,000 characters for mps."""
+    def fail(device):
+        raise AttributeError("module 'torch._C' has no attribute '_cuda_setDevice'")
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'set_device', fail)
+    done = scripts.call('--demo', '--device', name)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1 and len(done.stderr) < 200
+    for words in (f'cannot use the device {name}', 'install.md', '--device cpu'):
+        assert words in done.stderr
 
 
 @pytest.mark.parametrize('name, capability, dtype', [
@@ -359,6 +434,10 @@ def test_a_cpu_computes_in_bfloat16_only_if_it_supports_it(monkeypatch, supporte
     with autocast:
         computed = nn.Linear(3, 3)(torch.rand(2, 3)).dtype
     assert (computed == torch.bfloat16) == supported and not scaler.is_enabled()
+    # They are private functions, which a future PyTorch may not have.
+    monkeypatch.delattr(torch.cpu, '_is_avx512_bf16_supported')
+    monkeypatch.delattr(torch.cpu, '_is_amx_tile_supported')
+    assert train.pick_precision(CPU, no_amp=False) == torch.float32
 
 
 @pytest.mark.parametrize('cores, processes, workers', [

@@ -126,18 +126,24 @@ def in_threads(function, items, title):
     # holds a whole photograph in memory.
     with ThreadPoolExecutor(min(core_count(), 8)) as threads:
         try:
-            yield from with_progress_bar(threads.map(function, items), title, len(items))
+            bar = progress_bar(range(len(items)), title)
+            # 256 at a time, so that not all results wait in memory if the first one takes long.
+            for start in range(0, len(items), 256):
+                for result in threads.map(function, items[start:start + 256]):
+                    yield result
+                    bar.update()
+            bar.close()
         finally:
             # After Ctrl-C, only the calls that have begun are waited for.
             threads.shutdown(cancel_futures=True)
 
 
-def with_progress_bar(items, title, count):
-    """The items, with a progress bar on a terminal or in a notebook, but not in a file."""
+def progress_bar(items, title):
+    """tqdm's progress bar for these items, on a terminal or in a notebook, but not in a file."""
     on_terminal = isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr.isatty()
     # Jupyter, Spyder and VS Code run Python in an ipykernel. IDLE's window cannot show a bar.
     in_notebook = 'ipykernel' in sys.modules
-    return tqdm(items, title, count, leave=False, disable=not on_terminal and not in_notebook)
+    return tqdm(items, title, leave=False, disable=not on_terminal and not in_notebook)
 
 
 def core_count():
@@ -150,7 +156,8 @@ def core_count():
 
 # ---- The data folder -------------------------------------------------------------------------
 
-README = 'food-11/README.md says where to get photographs, and how to arrange them'
+README = ('the photographs for training are in --data-dir; food-11/README.md says where to get '
+          'some, and how to arrange them')
 
 
 def find_photographs(data_dir):
@@ -165,9 +172,7 @@ def find_photographs(data_dir):
     of pairs (file, label). Raises UserError if the folder holds something else.
     """
     data_dir = Path(data_dir)
-    if not os.path.exists(data_dir):
-        raise UserError(f'there is no folder {data_dir.absolute()}: give the right one with '
-                        f'--data-dir; {README}')
+    refuse_unreadable(data_dir)
     train_dir, val_dir = data_dir / 'training', data_dir / 'validation'
     # lexists is true for a link that leads nowhere, too: list_images says what is wrong with it.
     if os.path.lexists(train_dir) and os.path.lexists(val_dir):
@@ -177,19 +182,28 @@ def find_photographs(data_dir):
         else:
             # The photographs lie in training itself.
             classes = CLASSES
-        return classes, all_labelled(train_dir, classes), all_labelled(val_dir, classes)
-
-    refuse_misplaced(data_dir)
-    classes = class_folders(data_dir)
-    refuse_unless_classes(classes, data_dir)
-    train_files, val_files = [], []
-    for file, label in all_labelled(data_dir, classes):
-        if is_for_validation(file, data_dir):
-            val_files.append((file, label))
-        else:
-            train_files.append((file, label))
-    refuse_too_few(train_files, val_files, classes)
+        train_files = all_labelled(train_dir, classes)
+        val_files = all_labelled(val_dir, classes)
+    else:
+        refuse_misplaced(data_dir)
+        classes = class_folders(data_dir)
+        refuse_unless_classes(classes, data_dir)
+        train_files, val_files = [], []
+        for file, label in all_labelled(data_dir, classes):
+            if is_for_validation(file, data_dir):
+                val_files.append((file, label))
+            else:
+                train_files.append((file, label))
+    refuse_untrained(train_files, val_files, classes)
     return classes, train_files, val_files
+
+
+def refuse_unreadable(path):
+    """Raises UserError, with the system's reason, if there is nothing at `path` for us to read."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        raise UserError(f'cannot read {path.absolute()}: {error.strerror}; {README}') from None
 
 
 def list_images(folder):
@@ -198,7 +212,7 @@ def list_images(folder):
     Raises UserError if there are none, or if one of the folders cannot be listed.
     """
     def refuse_folder(error):
-        raise UserError(f'cannot list the folder {error.filename}: {error.strerror}')
+        raise UserError(f'cannot read the folder {error.filename}: {error.strerror}')
 
     folder = Path(folder)
     image_files = []
@@ -232,11 +246,16 @@ def is_image(name):
 
 
 def leads_back(inner, folder):
-    """Whether a folder somewhere within `folder` is a link that leads back to a folder which holds
-    it, as food-11/training/Egg/link to food-11: following it would have no end."""
+    """Whether something in `folder` is a link into `folder`, which is read anyway, or to a folder
+    that holds the link, as food-11/training/Egg/link to food-11, which would have no end."""
     target = inner.resolve()
+    if target == inner.parent.resolve() / inner.name:
+        # It is no link.
+        return False
     # food-11/training/Egg, food-11/training and food-11.
     holders = list(inner.parents)[:len(inner.relative_to(folder).parts)]
+    if target.is_relative_to(folder.resolve()):
+        return True
     return any(holder.resolve().is_relative_to(target) for holder in holders)
 
 
@@ -261,20 +280,20 @@ def labelled_files(folder, classes):
     those that have none, which only --predict of chapter2_2_train.py accepts.
 
     The label of Egg/17.jpg is the position of Egg in `classes`. That of 3_17.jpg is 3, if the
-    classes are CLASSES.
+    classes are CLASSES and the name has two numbers: 01-05-2021.jpg is a date.
     """
     files = []
     for file in list_images(folder):
         label = None
         *folders, name = file.relative_to(folder).parts
-        # A number, and _ (as in the book's code) or - (as in its text). But where another such
-        # number follows, as in 01-05-2021.jpg, it is a date.
-        number = re.match('([0-9]+)[_-](?![0-9]+[_-])', name)
+        numbers = re.findall('[0-9]+', name.removesuffix(file.suffix))
         if folders:
             if readable(folders[0]) in classes:
                 label = classes.index(readable(folders[0]))
-        elif classes == CLASSES and number and int(number[1]) < len(classes):
-            label = int(number[1])
+        # The book's code expects 3_17.jpg, its text says 3-17.jpg.
+        elif classes == CLASSES and re.match('[0-9]+[_-]', name) and len(numbers) == 2:
+            if int(numbers[0]) < len(classes):
+                label = int(numbers[0])
         files.append((file, label))
     return files
 
@@ -284,13 +303,17 @@ def all_labelled(folder, classes):
     folder = Path(folder)
     files = labelled_files(folder, classes)
     # Of a folder that is no class, the folder is named, and not each photograph in it.
-    unlabelled = {folder / file.relative_to(folder).parts[0]
-                  for file, label in files if label is None}
-    problem = 'is not one of the class folders, nor in one of them; move or rename it'
+    unlabelled = sorted({folder / file.relative_to(folder).parts[0]
+                         for file, label in files if label is None})
+    for path in unlabelled:
+        # The folder of a class may be a link that leads nowhere.
+        refuse_unreadable(path)
+    problem = (f'is not one of the class folders ({", ".join(classes[:10])}), nor in one; move or '
+               'rename it')
     if classes == CLASSES:
-        problem = ('is neither the folder of a class nor a photograph with a label from 0 to '
-                   f'{len(classes) - 1} in front of its name, as 3_17.jpg; move or rename it')
-    refuse_files(sorted(unlabelled), problem)
+        problem = (f'has no label: a name begins with a label from 0 to {len(classes) - 1}, and '
+                   'has two numbers, as 3_17.jpg; move or rename it')
+    refuse_files(unlabelled, problem)
     return files
 
 
@@ -319,10 +342,11 @@ def refuse_misplaced(data_dir):
 
 
 def refuse_unless_classes(classes, folder):
-    """Raises UserError if there are fewer than two folders with photographs in `folder`, or if they
-    are called as the parts of a data set are, and not as classes."""
-    # all, not any: a class may be called train, beside bus and car.
-    if len(classes) >= 2 and not all(is_part(name) for name in classes):
+    """Raises UserError if there are fewer than two folders with photographs in `folder`, or if two
+    of them are parts of a data set, and not classes: seg_train and seg_test differ in the word for
+    a part only. (A class may be called train, beside bus and car.)"""
+    rests = [rest for rest in map(without_part, classes) if rest is not None]
+    if len(classes) >= 2 and len(set(rests)) == len(rests):
         return
     found = ', '.join(classes[:10]) or 'none'
     raise UserError(f'a data folder holds the folders training and validation, or a folder for '
@@ -330,25 +354,28 @@ def refuse_unless_classes(classes, folder):
                     f'{folder.absolute()} are: {found}; {README}')
 
 
-def is_part(name):
-    """Whether a folder's name is that of a part of a data set: train, seg_test, 验证集, ..."""
-    part = ('(train|training|val|valid|validation|test|testing|eval|evaluation|dev|pred|labell?ed|'
-            'unlabell?ed)(set|data|images)?')
-    if re.search('训练|验证|测试|訓練|驗證|測試', name):
-        return True
-    return any(re.fullmatch(part, word) for word in re.findall('[a-z]+', name.lower()))
+def without_part(name):
+    """What a folder's name says beside its word for a part of a data set: ['seg'] for seg_train and
+    seg_test, [] for train and 验证集, as a text. None if it has no such word."""
+    part = ('(train|training|val|valid|validate|validation|test|testing|eval|evaluation|dev|pred|'
+            'labell?ed|unlabell?ed)(set|data|images)?|.*(训练|验证|测试|訓練|驗證|測試).*')
+    words = re.findall('[^0-9_\\W]+', name.lower())
+    rest = [word for word in words if not re.fullmatch(part, word)]
+    if rest == words:
+        return None
+    return str([word for word in rest if word not in ('set', 'data', 'images')])
 
 
-def refuse_too_few(train_files, val_files, classes):
-    """Raises UserError if a class has no photographs for training, or none are for validation."""
-    trained = {label for _, label in train_files}
-    lacking = [f'training of {name}' for label, name in enumerate(classes) if label not in trained]
+def refuse_untrained(train_files, val_files, classes):
+    """Raises UserError if a class is in validation only, or if nothing is for validation."""
+    untrained = {label for _, label in val_files} - {label for _, label in train_files}
+    lacking = [f'training of {classes[label]}' for label in sorted(untrained)]
     if not val_files:
         lacking.append('validation')
     if lacking:
-        raise UserError('too few photographs: as about a fifth of them is for validation, there '
-                        f'are none for {", ".join(lacking[:10])}; add some, or divide them into '
-                        'the folders training and validation yourself')
+        raise UserError(f'there are no photographs for {", ".join(lacking[:10])}; add some. Of a '
+                        'folder for each class, about a fifth of the photographs is for '
+                        'validation, unless you divide them into training and validation')
 
 
 # ---- Dataset and transforms ------------------------------------------------------------------
@@ -497,7 +524,7 @@ def show_preview(train_set, index, classes, file=None):
         except (OSError, ValueError) as error:
             # ValueError: the name ends in something that is no format of pictures.
             raise UserError(f'cannot write the picture {file}: {error}') from None
-    print(f'picture written to {file.absolute()}')
+    print(f'picture written to {readable(file.absolute())}')
 
 
 def make_window():
@@ -541,7 +568,7 @@ def print_repeated(train_x, train_files, val_x, val_files):
             first = first_places.setdefault(hash(img.tobytes()), (part, label, file))
             first_part, first_label, first_file = first
             if (part, label) != (first_part, first_label):
-                repeated.append(f'{first_file} and {file}')
+                repeated.append(readable(f'{first_file} and {file}'))
     if repeated:
         print('note: the same photograph is both for training and for validation, or has two '
               f'labels: {len(repeated)} times, for example {repeated[0]}')
@@ -612,11 +639,11 @@ def run_script(main):
     # Spyder and notebooks it is another object, in pythonw it is None.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')
-    handlers = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in handlers.items():
         # A shell has what it starts in the background ignore Ctrl-C.
-        if signal.getsignal(number) != signal.SIG_IGN:
-            handlers[number] = signal.signal(number, interrupt)
+        if handler != signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
         main()
     except UserError as error:
@@ -629,8 +656,10 @@ def run_script(main):
         print('interrupted', file=sys.stderr)
         sys.exit(130)  # the usual status after Ctrl-C
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        # IPython goes on. A process that ends must not be interrupted again meanwhile.
+        if hasattr(sys, 'ps1'):
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def interrupt(number, frame):

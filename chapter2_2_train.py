@@ -46,8 +46,8 @@ from torchvision.transforms.functional import convert_image_dtype
 from chapter2_1_data import (NO_IMAGE, ImgDataset, UserError, add_data_arguments, batch_size,
                              better_transform, core_count, data_dir, demo_dir, find_photographs,
                              image_size, in_threads, is_hidden, labelled_files, make_demo,
-                             picture_settings, read_image, readable, readfile, refuse_files,
-                             run_script, test_transform, train_transform, with_progress_bar)
+                             picture_settings, progress_bar, read_image, readable, readfile,
+                             refuse_files, run_script, test_transform, train_transform)
 
 num_epoch = 100
 learning_rate = 0.001
@@ -610,7 +610,7 @@ def from_process_0(value):
 def say(message):
     """Prints a message on stderr. If there are several processes, process 0 does."""
     if rank() == 0:
-        print(message, file=sys.stderr)
+        print(readable(message), file=sys.stderr)
 
 
 def share_of_batch(batch_size):
@@ -657,7 +657,7 @@ def progress(batches, title):
     """The batches, with a progress bar that only process 0 shows."""
     if rank() > 0:
         return batches
-    return with_progress_bar(batches, title, len(batches))
+    return progress_bar(batches, title)
 
 
 # ---- The run's folder ------------------------------------------------------------------------
@@ -680,7 +680,7 @@ def open_run(out, resume):
     except BaseException as error:
         # Ctrl-C, full memory, or an error in the script. A UserError says itself what to do.
         if not isinstance(error, UserError):
-            print(how_to_continue(folder), file=sys.stderr)
+            say(how_to_continue(folder))
         raise
     finally:
         if is_new:
@@ -722,7 +722,7 @@ def find_checkpoint(folder, resume):
         files = [name for name in os.listdir(folder)
                  if name != 'last.pt.tmp' and not is_hidden(name)]
     except OSError as error:
-        raise UserError(f'cannot list the folder {folder}: {error.strerror}') from None
+        raise UserError(f'cannot read the folder {folder}: {error.strerror}') from None
     if not os.access(folder, os.W_OK):
         raise UserError(f'cannot write into the folder {folder}: --out names another place')
     if not files:
@@ -734,9 +734,10 @@ def find_checkpoint(folder, resume):
         raise UserError(f'{folder} holds files, such as {files[0]}, but last.pt is missing: no run '
                         'can be continued there; choose a different --out')
     checkpoint = load_checkpoint(folder / 'last.pt')
-    if 'optimizer' not in checkpoint:
-        raise UserError(f'{folder / "last.pt"} is incompatible: it holds only weights, as best.pt '
-                        'does; start a new run in a different folder')
+    if 'optimizer_kind' not in checkpoint:
+        raise UserError(f'{folder / "last.pt"} is incompatible: it is of an older version of the '
+                        'script, or holds only weights, as best.pt does; start a new run in a '
+                        'different folder')
     return checkpoint
 
 
@@ -1144,7 +1145,7 @@ def predict(paths, model, classes, csv_file, batch_size, autocast):
     Raises UserError at the end if some photographs cannot be read; it says which.
     """
     paths = find_paths(paths)
-    folders = [path for path in paths if path.is_dir()]
+    folders = [path for path in paths if os.path.isdir(path)]
     if folders and len(paths) > 1:
         raise UserError('--predict takes photographs, or one folder, as predict.csv is one table')
     if folders:
@@ -1172,18 +1173,14 @@ def predict(paths, model, classes, csv_file, batch_size, autocast):
 
 
 def find_paths(paths):
-    """The files and folders that --predict names, as Paths. Raises UserError if there are none."""
+    """The files and folders that --predict names, as Paths."""
     found = []
     for path in map(Path, paths):
-        names = []
-        if os.path.exists(path):
-            names = [path]
-        elif path.name:
+        matches = []
+        if path.name and not os.path.exists(path):
             # Linux and macOS replace *.jpg by the names of the files, Windows does not.
-            names = sorted(path.parent.glob(path.name))
-        if not names:
-            raise UserError(f'there is no file or folder {path}')
-        found += names
+            matches = sorted(path.parent.glob(path.name))
+        found += matches or [path]
     return found
 
 

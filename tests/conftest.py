@@ -59,6 +59,9 @@ class Scripts:
         out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8', newline='') for _ in range(2))
         patches = pytest.MonkeyPatch()
         patches.chdir(self.cwd)
+        # At its end, a script leaves signals as they are, because its process ends too.
+        handlers = [(number, signal.getsignal(number))
+                    for number in (signal.SIGINT, signal.SIGTERM)]
         code = 0
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(stderr or err):
@@ -70,6 +73,8 @@ class Scripts:
                 code = 1
         finally:
             patches.undo()
+            for number, handler in handlers:
+                signal.signal(number, handler)
         texts = []
         for stream in (out, err):
             stream.seek(0)

@@ -124,15 +124,14 @@ def in_threads(function, items, title):
     the next ones. A progress bar shows how many are done."""
     # Threads are enough, as OpenCV lets other threads run while it decodes. At most 8, because each
     # holds a whole photograph in memory.
-    with ThreadPoolExecutor(min(core_count(), 8)) as threads:
+    with (ThreadPoolExecutor(min(core_count(), 8)) as threads,
+          progress_bar(items, title) as bar):
         try:
-            bar = progress_bar(range(len(items)), title)
             # 256 at a time, so that not all results wait in memory if the first one takes long.
             for start in range(0, len(items), 256):
                 for result in threads.map(function, items[start:start + 256]):
                     yield result
                     bar.update()
-            bar.close()
         finally:
             # After Ctrl-C, only the calls that have begun are waited for.
             threads.shutdown(cancel_futures=True)

@@ -49,7 +49,7 @@ def same_weights(one, other):
 
 
 def history(folder):
-    with open(folder / 'history.csv', newline='') as file:
+    with open(folder / 'history.csv', newline='', encoding='utf-8') as file:
         return list(csv.DictReader(file))
 
 

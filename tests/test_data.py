@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -53,8 +54,14 @@ def cut_off(file, missing):
     file.write_bytes(file.read_bytes()[:-missing])
 
 
+def imread(file):
+    """What the book's cv2.imread reads. On Windows it cannot open paths with Chinese characters."""
+    with tempfile.TemporaryDirectory() as folder:
+        return cv2.imread(shutil.copy(file, Path(folder, f'photograph{file.suffix}')))
+
+
 def opencvs(file):
-    return cv2.resize(cv2.imread(str(file)), (128, 128))
+    return cv2.resize(imread(file), (128, 128))
 
 
 def link(target, file):
@@ -253,7 +260,7 @@ def test_a_bad_file_is_named_with_the_reason(tmp_path, name, content, reason):
         file.write_bytes(content)
     else:
         cut_off(write(file), content)
-        assert cv2.imread(str(file)) is None
+        assert imread(file) is None
     message = problem(data.readfile, tmp_path)
     if name == 'Pizza/1.jpg':
         file = file.parent
@@ -295,7 +302,7 @@ def test_a_photograph_that_the_system_does_not_give(small, few, copy_of_finished
         assert done.returncode == 1 and 'Traceback' not in done.stderr
         assert str(file) in error and 'delete' not in error
         if '--features' not in arguments:
-            assert error == f'error: cannot read {file}: {os.strerror(errno.ENOENT)}'
+            assert error.startswith(f'error: cannot read {file}: ')
 
 
 @pytest.mark.parametrize('name', ['training/Egg', 'training/Egg/old', 'validation', 'undivided'])
@@ -320,7 +327,7 @@ def test_an_empty_and_a_missing_folder(tmp_path):
     assert f'no photographs in {tmp_path}' in problem(data.readfile, tmp_path)
     missing = tmp_path / 'food-11'
     message = problem(data.find_photographs, missing)
-    assert f'cannot read {missing}: {os.strerror(errno.ENOENT)}' in message
+    assert f'cannot read {missing}: ' in message
     assert 'food-11/README.md' in message and '--data-dir' in message
     write(missing / 'training' / '0_1.jpg')
     (missing / 'validation').mkdir()
@@ -391,7 +398,7 @@ def test_the_folder_of_a_class_that_is_a_broken_link(tmp_path):
     link(tmp_path / 'gone', folder / 'birds')
     for path in (folder, folder / 'birds'):
         message = problem(data.find_photographs, path)
-        assert f'cannot read {folder / "birds"}: {os.strerror(errno.ENOENT)}' in message
+        assert f'cannot read {folder / "birds"}: ' in message
 
 
 def test_a_class_that_training_lacks_is_refused(small, tmp_path):
@@ -764,8 +771,12 @@ def test_without_a_display_and_with_a_notebooks_backend(small, few, tmp_path):
     env = {key: value for key, value in os.environ.items()
            if key not in ('DISPLAY', 'WAYLAND_DISPLAY')}
     env['MPLBACKEND'] = 'module://some_missing_module.backend'
+    # Windows and macOS always have a display: a window would open, and wait.
+    save = ['--save', 'chapter2_1_data.png']
+    if sys.platform == 'linux':
+        save = []
     # Both at the same time, as most of it is waiting for PyTorch's import.
-    starts = [small.command('--data-dir', few, script='chapter2_1_data.py'),
+    starts = [small.command('--data-dir', few, *save, script='chapter2_1_data.py'),
               small.command('--data-dir', few, '--device', 'cpu', '--epochs', 1, '--out', 'run')]
     processes = [subprocess.Popen(start, env=env, cwd=tmp_path, stdout=subprocess.DEVNULL,
                                   stderr=subprocess.PIPE, encoding='utf-8') for start in starts]

@@ -147,7 +147,7 @@ def forked(forks, tmp_path):
 
 def history(folder):
     """The rows of history.csv, seconds aside."""
-    with open(folder / 'history.csv', newline='') as file:
+    with open(folder / 'history.csv', newline='', encoding='utf-8') as file:
         return [{name: float(value) for name, value in row.items() if name != 'seconds'}
                 for row in csv.DictReader(file)]
 
@@ -191,7 +191,7 @@ def test_a_run_leaves_checkpoints_history_settings_and_pictures(small, finished,
     assert sorted(os.listdir(folder)) == [
         'best.pt', 'confusion.png', 'curves.png', 'history.csv', 'last.pt', 'mistakes.png',
         'settings.json']
-    assert json.loads((folder / 'settings.json').read_text()) == {
+    assert json.loads((folder / 'settings.json').read_text(encoding='utf-8')) == {
         'data_dir': str(few), 'recipe': 'book', 'epochs': 3, 'batch_size': 4, 'lr': .001, 'seed': 0,
         'no_amp': False, 'classes': data.CLASSES}
     printed = [LINE.fullmatch(line).groups() for line in done.stdout.splitlines()[:3]]
@@ -295,7 +295,8 @@ def test_what_is_typed_on_resume_wins_and_the_rest_is_the_runs(small, few, copy_
     # From now on, these are the run's.
     done = small.call(*resume)
     assert done.returncode == 0 and 'precision float32' in done.stderr
-    assert json.loads((copy_of_finished / 'settings.json').read_text())['lr'] == 1e-5
+    settings = json.loads((copy_of_finished / 'settings.json').read_text(encoding='utf-8'))
+    assert settings['lr'] == 1e-5
 
 
 def test_other_photographs_on_resume_are_said(small, few, copy_of_finished, tmp_path):
@@ -882,7 +883,7 @@ def test_predict_names_three_classes_and_writes_kaggles_table(
     assert single == f'{folder / "0000.jpg"}: {", ".join(expected)}'
     assert second.startswith(f'{folder / "0002.jpg"}: ')
     assert '3 of 4 photographs' in summary and 'predict.csv' in summary
-    with open(copy_of_finished / 'predict.csv', newline='') as file:
+    with open(copy_of_finished / 'predict.csv', newline='', encoding='utf-8') as file:
         table = list(csv.reader(file))
     labels = [str(label) for label in probabilities.argmax(1).tolist()]
     assert table == [['Id', 'Category'], ['0000.jpg', labels[0]], ['0002.jpg', labels[1]],

@@ -193,7 +193,7 @@ def test_the_books_options_are_the_defaults(small, few, tmp_path):
     with at_step(3, lambda: signal.raise_signal(signal.SIGTERM)):
         done = small.call('--device', 'cpu')
     assert LINE.fullmatch(done.stdout.rstrip()).groups()[:2] == ('001', '100')
-    settings = json.loads((tmp_path / 'runs' / '001' / 'settings.json').read_text())
+    settings = json.loads((tmp_path / 'runs' / '001' / 'settings.json').read_text(encoding='utf-8'))
     del settings['classes']
     assert settings == {'data_dir': str(tmp_path / 'food-11'), 'recipe': 'book', 'epochs': 100,
                         'batch_size': 128, 'lr': 0.001, 'seed': 0, 'no_amp': False}
@@ -208,7 +208,7 @@ def test_the_demo_called_from_a_notebook_twice(edited, tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, 'argv', ['ipykernel_launcher.py', '-f', 'kernel.json'])
     main(['--demo', '--device', 'cpu'])
     assert capsys.readouterr().out.count('/005]') == 5
-    settings = json.loads(Path('runs', '001', 'settings.json').read_text())
+    settings = json.loads(Path('runs', '001', 'settings.json').read_text(encoding='utf-8'))
     assert (settings['batch_size'], settings['lr']) == (16, 0.0001)
     assert Path(settings['data_dir']).name == 'food-11-demo'
     assert len(os.listdir(Path('food-11-demo', 'training'))) == 330

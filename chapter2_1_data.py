@@ -102,6 +102,7 @@ def readfile(path, classes=CLASSES):
     if isinstance(path, list):
         labelled = path
     else:
+        # The sorted files in the folder, with the labels in their names.
         labelled = all_labelled(path, classes)
     image_files = [file for file, _ in labelled]
     labels = [label for _, label in labelled]
@@ -127,9 +128,9 @@ def in_threads(function, items, title):
     with (ThreadPoolExecutor(min(core_count(), 8)) as threads,
           progress_bar(items, title) as bar):
         try:
-            # 256 at a time, so that not all results wait in memory if the first one takes long.
-            for start in range(0, len(items), 256):
-                for result in threads.map(function, items[start:start + 256]):
+            # 64 at a time, so that not all results wait in memory if the first one takes long.
+            for start in range(0, len(items), 64):
+                for result in threads.map(function, items[start:start + 64]):
                     yield result
                     bar.update()
         finally:
@@ -171,7 +172,7 @@ def find_photographs(data_dir):
     of pairs (file, label). Raises UserError if the folder holds something else.
     """
     data_dir = Path(data_dir)
-    refuse_unreadable(data_dir)
+    refuse_missing(data_dir)
     train_dir, val_dir = data_dir / 'training', data_dir / 'validation'
     # lexists is true for a link that leads nowhere, too: list_images says what is wrong with it.
     if os.path.lexists(train_dir) and os.path.lexists(val_dir):
@@ -197,8 +198,8 @@ def find_photographs(data_dir):
     return classes, train_files, val_files
 
 
-def refuse_unreadable(path):
-    """Raises UserError, with the system's reason, if there is nothing at `path` for us to read."""
+def refuse_missing(path):
+    """Raises UserError, with the system's reason, if the system finds nothing at `path`."""
     try:
         os.stat(path)
     except OSError as error:
@@ -248,13 +249,14 @@ def leads_back(inner, folder):
     """Whether something in `folder` is a link into `folder`, which is read anyway, or to a folder
     that holds the link, as food-11/training/Egg/link to food-11, which would have no end."""
     target = inner.resolve()
+    # A folder that is where its name says is no link.
     if target == inner.parent.resolve() / inner.name:
-        # It is no link.
         return False
-    # food-11/training/Egg, food-11/training and food-11.
-    holders = list(inner.parents)[:len(inner.relative_to(folder).parts)]
+    # A link into the folder.
     if target.is_relative_to(folder.resolve()):
         return True
+    # A link to what holds one of the folders on the way from `folder` to the link.
+    holders = list(inner.parents)[:len(inner.relative_to(folder).parts)]
     return any(holder.resolve().is_relative_to(target) for holder in holders)
 
 
@@ -305,13 +307,15 @@ def all_labelled(folder, classes):
     unlabelled = sorted({folder / file.relative_to(folder).parts[0]
                          for file, label in files if label is None})
     for path in unlabelled:
-        # The folder of a class may be a link that leads nowhere.
-        refuse_unreadable(path)
-    problem = (f'is not one of the class folders ({", ".join(classes[:10])}), nor in one; move or '
-               'rename it')
+        # A link that leads nowhere is listed as a file, also in the place of a class folder.
+        refuse_missing(path)
+    found = ', '.join(classes[:10])
+    refuse_files([path for path in unlabelled if os.path.isdir(path)],
+                 f'is not one of the class folders ({found}); rename or move it')
+    problem = f'is not in one of the class folders ({found}); move it'
     if classes == CLASSES:
         problem = (f'has no label: a name begins with a label from 0 to {len(classes) - 1}, and '
-                   'has two numbers, as 3_17.jpg; move or rename it')
+                   'has two numbers, as 3_17.jpg; rename or move it')
     refuse_files(unlabelled, problem)
     return files
 
@@ -319,7 +323,8 @@ def all_labelled(folder, classes):
 def is_for_validation(file, data_dir):
     """Whether a photograph that nobody has assigned to training or validation is for validation.
 
-    As only its own name decides, adding or removing other photographs changes nothing.
+    Only its path within the data folder decides, such as Egg/17.jpg: adding or removing other
+    photographs changes nothing.
     """
     name = readable(file.relative_to(data_dir).as_posix())
     # A number that looks random, but is always the same for a name.
@@ -354,15 +359,15 @@ def refuse_unless_classes(classes, folder):
 
 
 def without_part(name):
-    """What a folder's name says beside its word for a part of a data set: ['seg'] for seg_train and
-    seg_test, [] for train and 验证集, as a text. None if it has no such word."""
+    """The words of a folder's name beside its word for a part of a data set: ('seg',) for seg_train
+    and seg_test, () for train and 验证集. None if it has no such word."""
     part = ('(train|training|val|valid|validate|validation|test|testing|eval|evaluation|dev|pred|'
             'labell?ed|unlabell?ed)(set|data|images)?|.*(训练|验证|测试|訓練|驗證|測試).*')
     words = re.findall('[^0-9_\\W]+', name.lower())
     rest = [word for word in words if not re.fullmatch(part, word)]
     if rest == words:
         return None
-    return str([word for word in rest if word not in ('set', 'data', 'images')])
+    return tuple(word for word in rest if word not in ('set', 'data', 'images'))
 
 
 def refuse_untrained(train_files, val_files, classes):
@@ -438,13 +443,13 @@ better_transform = transforms.Compose([
 
 # ---- Looking at the data ---------------------------------------------------------------------
 
-def show_sample(axes, train_set, index, classes):
-    """The book's sample: an image of a dataset under its label, on matplotlib axes."""
-    img, label = train_set[index]
+def show_sample(axes, train_set, index, title):
+    """The book's sample: an image of a dataset, on matplotlib axes."""
+    img, _ = train_set[index]
     img = img.permute(1, 2, 0)  # [3, 128, 128] -> [128, 128, 3]
     img = img.flip(2)           # BGR -> RGB
     axes.imshow(img.numpy())
-    axes.set_title(f'train_set[{index}]\n{label}: {classes[label]}', fontsize=8)
+    axes.set_title(title, fontsize=8)
 
 
 def show_classes(figure, train_set, classes):
@@ -452,35 +457,40 @@ def show_classes(figure, train_set, classes):
     under it the same image, augmented four times."""
     plain_set = ImgDataset(train_set.x, train_set.y, test_transform)
     rows = [plain_set, train_set, train_set, train_set, train_set]
-    cells = figure.subplots(len(rows), min(len(classes), 20), squeeze=False)
-    for row, dataset in enumerate(rows):
-        for label, axes in enumerate(cells[row]):
-            axes.set_axis_off()
-            indices = torch.nonzero(train_set.y == label)
+    classes = classes[:20]
+    cells = figure.subplots(len(rows), len(classes), squeeze=False)
+    for label, name in enumerate(classes):
+        # Long names are written on several lines.
+        title = f'{label}\n' + name.replace(' ', '\n').replace('-', '-\n')
+        indices = torch.nonzero(train_set.y == label)
+        if len(indices) == 0:
+            cells[0, label].set_title(f'{title}\n(none)', fontsize=8)
+        for row, dataset in enumerate(rows):
+            cells[row, label].set_axis_off()
             if len(indices) > 0:
-                show_sample(axes, dataset, indices[0].item(), classes)
-            # Instead of the sample's title. Long names are written on several lines.
-            title = f'{label}\n' + classes[label].replace(' ', '\n').replace('-', '-\n')
-            if len(indices) == 0:
-                title += '\n(none)'
-            if row > 0:
-                title = ''
-            axes.set_title(title, fontsize=8)
+                show_sample(cells[row, label], dataset, indices[0].item(), title)
+            # Only the first row has titles.
+            title = ''
+
+
+def forget_notebooks_backend():
+    """Lets matplotlib choose its backend (what shows pictures) where a notebook's is missing.
+
+    A script that a notebook has started with ! inherits the environment variable MPLBACKEND. If it
+    names what is missing where the script runs, importing matplotlib fails. So this must be called
+    first, and matplotlib is not imported at the top of the scripts.
+    """
+    backend = os.environ.get('MPLBACKEND', '')
+    module = backend.removeprefix('module://').split('.')[0]
+    # inline is a name that older versions do not know.
+    if backend == 'inline' or (backend.startswith('module://') and not find_spec(module)):
+        del os.environ['MPLBACKEND']
 
 
 @contextlib.contextmanager
 def picture_settings():
-    """matplotlib's settings for our pictures. They hold within a with-block.
-
-    matplotlib is imported in functions, not at the top of the scripts, because its import fails if
-    the environment variable MPLBACKEND names a backend (what shows pictures) that does not exist.
-    """
-    # A script that a notebook has started with ! inherits the notebook's backend: inline, which
-    # older versions do not know, or a module that may be missing where the script runs.
-    backend = os.environ.get('MPLBACKEND', '')
-    module = backend.removeprefix('module://').split('.')[0]
-    if backend == 'inline' or (backend.startswith('module://') and not find_spec(module)):
-        del os.environ['MPLBACKEND']
+    """matplotlib's settings for our pictures. They hold within a with-block."""
+    forget_notebooks_backend()
     from matplotlib import font_manager, rc_context
     installed = {font.name for font in font_manager.fontManager.ttflist}
     # For Chinese names of classes and files: those of these fonts that are installed.
@@ -509,7 +519,9 @@ def show_preview(train_set, index, classes, file=None):
         figure.set_size_inches(12.6, 4.6)
         figure.set_layout_engine('constrained')
         left, right = figure.subfigures(1, 2, width_ratios=(1, 2.9))
-        show_sample(left.subplots(), train_set, index, classes)
+        label = train_set.y[index].item()
+        title = f'train_set[{index}]\n{label}: {classes[label]}'
+        show_sample(left.subplots(), train_set, index, title)
         show_classes(right, train_set, classes)
         if window is not None:
             # block: also in IPython, where show would return at once.
@@ -529,15 +541,15 @@ def show_preview(train_set, index, classes, file=None):
 def make_window():
     """A matplotlib figure in a window, or None where no window can be made."""
     from matplotlib import pyplot as plt
-    try:
+    # A backend that cannot be loaded without a display.
+    errors = [ImportError]
+    with contextlib.suppress(ImportError):
+        # A Tk that is not installed completely.
         from tkinter import TclError
-    except ImportError:
-        # Then no window is Tk's, and there are no errors of Tk.
-        TclError = ImportError
+        errors.append(TclError)
     try:
         figure = plt.figure()
-    except (ImportError, TclError):
-        # The backend cannot be loaded without a display, or Tk is not installed completely.
+    except tuple(errors):
         return None
     if figure.canvas.required_interactive_framework is None:
         # matplotlib has chosen a backend without windows.
@@ -558,8 +570,7 @@ def print_counts(train_y, val_y, classes):
 
 
 def print_repeated(train_x, train_files, val_x, val_files):
-    """Says how many photographs are there again where they should not be, with an example: for
-    training and for validation, or with another label."""
+    """Says how many photographs are both for training and for validation, or have two labels."""
     first_places = {}
     repeated = []
     for part, x, files in (('training', train_x, train_files), ('validation', val_x, val_files)):
@@ -638,13 +649,9 @@ def run_script(main):
     # Spyder and notebooks it is another object, in pythonw it is None.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in handlers.items():
-        # A shell has what it starts in the background ignore Ctrl-C.
-        if handler != signal.SIG_IGN:
-            signal.signal(number, interrupt)
     try:
-        main()
+        with one_interruption():
+            main()
     except UserError as error:
         sys.exit(f'error: {readable(str(error))}')
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -654,19 +661,31 @@ def run_script(main):
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(130)  # the usual status after Ctrl-C
+
+
+@contextlib.contextmanager
+def one_interruption():
+    """Within the with-block, Ctrl-C and SIGTERM, with which systems end a program, raise
+    KeyboardInterrupt, but only once: a second one would lose the line that says how to continue.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def interrupt(*_):
+        for number in handlers:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number, handler in handlers.items():
+        # A shell has what it starts in the background ignore Ctrl-C.
+        if handler != signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    try:
+        yield
     finally:
-        # IPython goes on. A process that ends must not be interrupted again meanwhile.
+        # Only IPython goes on. A process that ends must not be interrupted again meanwhile.
         if hasattr(sys, 'ps1'):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-
-
-def interrupt(number, frame):
-    """What Ctrl-C does, and SIGTERM, with which systems end a program: raises KeyboardInterrupt."""
-    # Only once: a second one would lose the line that says how to continue.
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 if __name__ == '__main__':

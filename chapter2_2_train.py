@@ -52,15 +52,15 @@ from chapter2_1_data import (NO_IMAGE, ImgDataset, UserError, add_data_arguments
 num_epoch = 100
 learning_rate = 0.001
 
-# The options that are saved with a run, and what they are in the book. (There is no option against
-# a saved --no-amp.)
+# The options that are saved with a run, with their defaults: the book's, where it says something.
+# (Once saved, --no-amp stays on.)
 book_options = {'data_dir': data_dir, 'recipe': 'book', 'epochs': num_epoch,
                 'batch_size': batch_size, 'lr': learning_rate, 'seed': 0, 'no_amp': False}
 
 # The demo has few images. With the book's options its accuracy jumps up and down.
 demo_options = {'epochs': 5, 'batch_size': 16, 'lr': 0.0001}
 
-# Seeds go from 0 to this, so that no two runs have an epoch's random numbers in common.
+# Seeds go from 0 to this. The loop in train_run makes a different number of each seed and epoch.
 max_seed = 999_999
 
 # How often a run is saved, in seconds, if an epoch does not take longer.
@@ -150,11 +150,15 @@ def train_epoch(model, train_loader, loss, optimizer, autocast, scaler):
         with autocast:
             train_pred = model(x)
             batch_loss = loss(train_pred, y)
-        # These are batch_loss.backward() and optimizer.step(). The scaler is for float16, in which
-        # small gradients become 0: it multiplies the loss, and divides the gradients afterwards.
-        scaler.scale(batch_loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        if scaler.is_enabled():
+            # In float16, small gradients become 0. So the scaler multiplies the loss, and divides
+            # the gradients afterwards.
+            scaler.scale(batch_loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            batch_loss.backward()
+            optimizer.step()
         correct += (train_pred.argmax(1) == y).sum()
         # batch_loss is the mean of the batch, and the last batch may be smaller.
         loss_sum += batch_loss.detach() * len(y)
@@ -207,7 +211,7 @@ def accuracy_and_loss(correct, loss_sum, image_count):
 #
 # With the book's recipe, the network learns the training photographs by heart: after 100 epochs on
 # photographs of ten dishes, it was right for 99% of those for training, and for 59% of those for
-# validation. With --recipe better, main trains the same network on the images of better_transform
+# validation. With --recipe better, train_run trains this network on the images of better_transform
 # (chapter2_1_data.py), with what is in this section. Then it was right for 84% of these images, and
 # for 72% of the photographs for validation. README.md says how much each change gains.
 
@@ -271,7 +275,8 @@ def main(arguments=None):
 
 
 def train_run(options, device, dtype, workers, folder, checkpoint):
-    """The book's script: its data, its network and its training (sections 2.2 to 2.4).
+    """The book's script: its data, its network and its training (sections 2.2 to 2.4). Around it,
+    under comments that say so, is what lets a run be continued and its best epoch be used.
 
     options: what choose_options returns. dtype: the precision. workers: loader workers.
     folder: where the run is saved. checkpoint: the state of a run that is continued, or None.
@@ -293,6 +298,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
     # are started once, and not in every epoch.
     loader_options = {'num_workers': workers, 'persistent_workers': workers > 0,
                       'pin_memory': device.type == 'cuda'}
+    # same_size: so that all processes take the same number of training steps.
     train_loader = DataLoader(own_part(train_set, same_size=True), batch_size=own_batch_size,
                               shuffle=True, **loader_options)
     val_loader = DataLoader(own_part(val_set), batch_size=own_batch_size, shuffle=False,
@@ -302,23 +308,23 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
     torch.manual_seed(options.seed)
     model = make_model(len(classes), device)
     loss = nn.CrossEntropyLoss().to(device)
-    if options.recipe == 'better':
-        # Its loss is for training only, so that both recipes can be compared in validation.
-        training_loss, optimizer = better_loss_and_optimizer(model, options.lr, device)
-    else:
+    if options.recipe == 'book':
         training_loss = loss
         # fused: updates all weights at once, which is faster.
         optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
+    else:
+        # The better recipe's loss is for training only, so that validation can be compared.
+        training_loss, optimizer = better_loss_and_optimizer(model, options.lr, device)
 
-    # Computing with 16 bits, and the state of a run that is continued: neither is in the book.
+    # Not in the book: computing with 16 bits, and the state of a run that is continued.
     autocast, scaler = mixed_precision(device, dtype)
-    photographs = {'training': checksum(train_files, options.data_dir),
-                   'validation': checksum(val_files, options.data_dir)}
+    checksums = {'training': checksum(train_files, options.data_dir),
+                 'validation': checksum(val_files, options.data_dir)}
     history, best_acc, best_epoch, best_model = [], -1, None, None
     if checkpoint is not None:
         restore(model, optimizer, scaler, checkpoint, folder / 'last.pt', classes)
         say(f'resumed from epoch {len(checkpoint["history"])} in {folder}')
-        compare_photographs(checkpoint, photographs)
+        adapt_to_photographs(checkpoint, checksums)
         history, best_acc = checkpoint['history'], checkpoint['best_acc']
         best_epoch, best_model = checkpoint['best_epoch'], checkpoint['best_model']
 
@@ -330,7 +336,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
         title = f'[{epoch:03d}/{options.epochs:03d}]'
         # An epoch's random numbers depend on its number: so a resumed run gets the same ones as a
         # run without interruption. (Not with loader workers, which have their own.)
-        torch.manual_seed(options.seed + (max_seed + 1) * epoch + rank())
+        torch.manual_seed(options.seed + (max_seed + 1) * (epoch * world_size() + rank()))
         # A learning-rate schedule. As it is computed from `epoch`, it needs nothing from a
         # checkpoint.
         if options.recipe == 'better':
@@ -348,6 +354,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
             print(f'{title} {seconds:.2f} sec(s) Train Acc: {train_acc:.6f} '
                   f'Loss: {train_loss:.6f} | Val Acc: {val_acc:.6f} loss: {val_loss:.6f}',
                   flush=True)
+        # Not in the book: the history, the best epoch, and all that is saved.
         if not math.isfinite(train_loss + val_loss):
             raise UserError('the loss is not a finite number: give a lower --lr, or --no-amp if '
                             'the precision was not float32, to a new run or to this one: '
@@ -362,7 +369,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
                       'optimizer': optimizer.state_dict(),
                       'optimizer_kind': type(optimizer).__name__, 'scaler': scaler.state_dict(),
                       'history': history, 'best_acc': best_acc, 'best_epoch': best_epoch,
-                      'photographs': photographs,
+                      'checksums': checksums,
                       'options': {name: getattr(options, name) for name in book_options},
                       # What must be the same when the weights are used again:
                       'required': requirements(model, classes)}
@@ -370,7 +377,8 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
             save_run(folder, checkpoint)
             saved_time = time.monotonic()
 
-    # What the best epoch's weights have learned
+    # Not in the book: what the best epoch's weights have learned. If there was nothing to train,
+    # checkpoint is still the one that the run was continued from.
     if rank() == 0:
         is_saved = save_run(folder, checkpoint)
         model.load_state_dict(best_model)
@@ -400,25 +408,25 @@ def parse_arguments(arguments):
     # --help begins with the text at the top of this file.
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    saved, demo, better = argparse.SUPPRESS, demo_options, better_options
-    add_data_arguments(parser, saved)
-    parser.add_argument('--recipe', choices=['book', 'better'], default=saved,
+    absent, demo, better = argparse.SUPPRESS, demo_options, better_options
+    add_data_arguments(parser, absent)
+    parser.add_argument('--recipe', choices=['book', 'better'], default=absent,
                         help="how to train: as the book does, or with better's augmentation, batch "
                         'size, loss, optimizer and learning rates (default: book)')
-    parser.add_argument('--epochs', type=int, metavar='N', default=saved,
+    parser.add_argument('--epochs', type=int, metavar='N', default=absent,
                         help='how many times to train on all training images '
                         f'(default: {num_epoch}; with --demo {demo["epochs"]})')
-    parser.add_argument('--batch-size', type=int, metavar='N', default=saved,
+    parser.add_argument('--batch-size', type=int, metavar='N', default=absent,
                         help='images in a training step, of all processes together '
                         f'(default: {batch_size}; with --recipe better {better["batch_size"]}; '
                         f'with --demo {demo["batch_size"]})')
-    parser.add_argument('--lr', type=float, metavar='X', default=saved,
+    parser.add_argument('--lr', type=float, metavar='X', default=absent,
                         help='learning rate; with --recipe better, the highest one '
                         f'(default: {learning_rate}; with --demo {demo["lr"]})')
-    parser.add_argument('--seed', type=int, metavar='N', default=saved,
+    parser.add_argument('--seed', type=int, metavar='N', default=absent,
                         help='on the CPU, a run with the same seed gives the same results '
                         f'(default: {book_options["seed"]})')
-    parser.add_argument('--no-amp', action='store_true', default=saved,
+    parser.add_argument('--no-amp', action='store_true', default=absent,
                         help='no automatic mixed precision: compute with 32 bits (default: with '
                         '16 bits where that is faster)')
     parser.add_argument('--workers', type=int, metavar='N',
@@ -465,6 +473,7 @@ def parse_arguments(arguments):
 def choose_options(args, checkpoint=None):
     """The options of a run: those that are typed, or else those that the run has saved, or else
     those of the demo, of the better recipe, or of the book."""
+    # Each map is asked only if those before it do not have an option.
     options = ChainMap(vars(args))
     if checkpoint is not None:
         options.maps.append(checkpoint['options'])
@@ -473,9 +482,10 @@ def choose_options(args, checkpoint=None):
     if options.get('recipe') == 'better':
         options.maps.append(better_options)
     options.maps.append(book_options)
+    chosen = argparse.Namespace(**options)
     # The run may be continued from a different current folder.
-    options['data_dir'] = os.path.abspath(options['data_dir'])
-    return argparse.Namespace(**options)
+    chosen.data_dir = os.path.abspath(chosen.data_dir)
+    return chosen
 
 
 # ---- Hardware --------------------------------------------------------------------------------
@@ -599,7 +609,7 @@ def world_size():
     return 1
 
 
-def from_process_0(value):
+def as_process_0_has(value):
     """Returns in every process the value that process 0 has, for which the others wait."""
     values = [value]
     if distributed.is_initialized():
@@ -671,12 +681,12 @@ def open_run(out, resume):
     used.
     """
     if rank() > 0:
-        yield from_process_0(None)
+        yield as_process_0_has(None)
         return
     folder, is_new = make_folder(out)
     try:
         with locked(folder):
-            yield from_process_0((folder, find_checkpoint(folder, resume)))
+            yield as_process_0_has((folder, find_checkpoint(folder, resume)))
     except BaseException as error:
         # Ctrl-C, full memory, or an error in the script. A UserError says itself what to do.
         if not isinstance(error, UserError):
@@ -748,15 +758,16 @@ def locked(folder):
     # Google Drive have no reliable locks.
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     try:
-        lock = FileLock(os.path.join(tempfile.gettempdir(), f'food-11-{name}.lock'))
-        acquired = lock.acquire(timeout=0)
+        file = os.path.join(tempfile.gettempdir(), f'food-11-{name}.lock')
+        lock = FileLock(file).acquire(timeout=0)
+    # Before OSError, because it is one too.
     except Timeout:
         raise UserError(f'{folder} is in use by another run: wait until that has ended, or choose '
                         'a different --out') from None
     except (OSError, NotImplementedError):
         # No lock is possible here either. It is not worth giving up a night's training.
-        acquired = contextlib.nullcontext()
-    with acquired:
+        lock = contextlib.nullcontext()
+    with lock:
         yield
 
 
@@ -768,7 +779,7 @@ def save_run(folder, checkpoint):
     """
     if rank() > 0:
         return False
-    # Makes numbers of Python of those of NumPy, which load_checkpoint would refuse.
+    # Turns NumPy's numbers into Python's, because load_checkpoint would refuse NumPy's.
     history = json.loads(json.dumps(checkpoint['history'], default=float))
     checkpoint = {**checkpoint, 'history': history}
     text = io.StringIO()
@@ -808,21 +819,21 @@ def checksum(files, data_dir):
     return hashlib.sha256(repr(names).encode()).hexdigest()
 
 
-def compare_photographs(checkpoint, photographs):
-    """Says if the photographs are others than those of the checkpoint. photographs: the checksums
-    of those for training and for validation.
+def adapt_to_photographs(checkpoint, checksums):
+    """Says if the photographs have changed since the checkpoint was saved. checksums: those of the
+    photographs for training and for validation.
 
-    The best epoch was the best on the old photographs for validation. If these have changed, the
-    checkpoint becomes one in which any next epoch is better.
+    If those for validation have changed, changes the checkpoint: its best epoch was the best one on
+    the old photographs, and now any next epoch is better.
     """
     for part in ('training', 'validation'):
-        if photographs[part] != checkpoint['photographs'][part]:
+        if checksums[part] != checkpoint['checksums'][part]:
             say(f'the photographs for {part} have changed since then')
-    if photographs['validation'] != checkpoint['photographs']['validation']:
+    if checksums['validation'] != checkpoint['checksums']['validation']:
         say('the best epoch is chosen anew, on the photographs that are for validation now')
         checkpoint.update(best_acc=-1, best_epoch=len(checkpoint['history']),
                           best_model=checkpoint['model'])
-    checkpoint['photographs'] = photographs
+    checkpoint['checksums'] = checksums
 
 
 # ---- Files -----------------------------------------------------------------------------------
@@ -1118,6 +1129,7 @@ def percent(part, whole):
 def use_run(args, device):
     """Does what --predict, --dreams and --features ask for, with a checkpoint of the run in
     --out."""
+    # Not the options of the run: --predict computes as it is told here.
     options = choose_options(args)
     folder = Path(args.out)
     model, classes = load_model(folder / args.checkpoint, device)

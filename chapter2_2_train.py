@@ -977,7 +977,16 @@ def restore(model, optimizer, scaler, checkpoint, path, classes):
 
 def load_model(path, device):
     """Returns the network with the weights of a checkpoint, on the device, and the names of its
-    classes. Raises UserError if the file is missing or corrupt, or does not fit the script."""
+    classes. Raises UserError if the file is missing or corrupt, or does not fit the script.
+
+    In a program of your own, beside the scripts:
+
+        import contextlib, torch, chapter2_1_data as data, chapter2_2_train as train
+        model, classes = train.load_model('runs/001/best.pt', torch.device('cpu'))
+        x = data.read_image('dinner.jpg')[None]  # uint8 (1, 128, 128, 3), BGR
+        y = train.predict_probabilities(model, x, 1, contextlib.nullcontext())  # (1, 11)
+        print(classes[y[0].argmax()])
+    """
     checkpoint = load_checkpoint(path)
     classes = checkpoint['required']['classes']
     model = make_model(len(classes), device)

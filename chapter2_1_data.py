@@ -14,6 +14,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -37,6 +39,9 @@ CLASSES = ['Bread', 'Dairy product', 'Dessert', 'Egg', 'Fried food', 'Meat',
 image_size = 128
 
 batch_size = 128
+
+# When Ctrl-C has an effect again: see ignore_interruptions.
+interrupted_until = 0
 
 
 # ---- Mistakes of the user --------------------------------------------------------------------
@@ -649,9 +654,13 @@ def run_script(main):
     # Spyder and notebooks it is another object, in pythonw it is None.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # A shell has what it starts in the background ignore Ctrl-C.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, interrupt)
     try:
-        with one_interruption():
-            main()
+        main()
     except UserError as error:
         sys.exit(f'error: {readable(str(error))}')
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -663,29 +672,18 @@ def run_script(main):
         sys.exit(130)  # the usual status after Ctrl-C
 
 
-@contextlib.contextmanager
-def one_interruption():
-    """Within the with-block, Ctrl-C and SIGTERM, with which systems end a program, raise
-    KeyboardInterrupt, but only once: a second one would lose the line that says how to continue.
-    """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def interrupt(*_):
-        for number in handlers:
-            signal.signal(number, signal.SIG_IGN)
+def interrupt(number, frame):
+    """What Ctrl-C does, and SIGTERM, with which systems end a program: raises KeyboardInterrupt."""
+    if time.monotonic() >= interrupted_until:
+        ignore_interruptions()
         raise KeyboardInterrupt
 
-    for number, handler in handlers.items():
-        # A shell has what it starts in the background ignore Ctrl-C.
-        if handler != signal.SIG_IGN:
-            signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        # Only IPython goes on. A process that ends must not be interrupted again meanwhile.
-        if hasattr(sys, 'ps1'):
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+
+def ignore_interruptions():
+    """Lets Ctrl-C and SIGTERM do nothing for ten seconds: another one would lose the line that says
+    how to continue."""
+    global interrupted_until
+    interrupted_until = time.monotonic() + 10
 
 
 if __name__ == '__main__':

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import glob
 import hashlib
 import io
 import itertools
@@ -29,6 +30,7 @@ import re
 import struct
 import sys
 import tempfile
+import textwrap
 import time
 import zipfile
 import zlib
@@ -45,9 +47,10 @@ from torchvision.transforms.functional import convert_image_dtype
 
 from chapter2_1_data import (NO_IMAGE, ImgDataset, UserError, add_data_arguments, batch_size,
                              better_transform, core_count, data_dir, demo_dir, find_photographs,
-                             image_size, in_threads, is_hidden, labelled_files, make_demo,
-                             picture_settings, progress_bar, read_image, readable, readfile,
-                             refuse_files, run_script, test_transform, train_transform)
+                             ignore_interruptions, image_size, in_threads, is_hidden,
+                             labelled_files, make_demo, picture_settings, progress_bar, read_image,
+                             readable, readfile, refuse_files, run_script, test_transform,
+                             train_transform)
 
 num_epoch = 100
 learning_rate = 0.001
@@ -690,6 +693,7 @@ def open_run(out, resume):
     except BaseException as error:
         # Ctrl-C, full memory, or an error in the script. A UserError says itself what to do.
         if not isinstance(error, UserError):
+            ignore_interruptions()
             say(how_to_continue(folder))
         raise
     finally:
@@ -775,7 +779,8 @@ def save_run(folder, checkpoint):
     """Writes last.pt, which holds all that is needed to continue, and what people want to have of
     it: best.pt, history.csv, curves.png and settings.json. Only process 0 does.
 
-    Returns whether all are written; `write` says why one of them is not.
+    Returns whether all are written. If another program holds one of them open, says so, and writes
+    the others: the next saving makes up for it.
     """
     if rank() > 0:
         return False
@@ -789,15 +794,22 @@ def save_run(folder, checkpoint):
                            lineterminator='\n')
     table.writeheader()
     table.writerows(history)
-    settings = {**checkpoint['options'], 'classes': checkpoint['required']['classes']}
-    return all([
-        write_checkpoint(folder / 'last.pt', checkpoint),
-        write_checkpoint(folder / 'best.pt', {'model': checkpoint['best_model'],
-                                              'required': checkpoint['required']}),
-        write_text(folder / 'history.csv', text.getvalue()),
-        write_figure(folder / 'curves.png', draw_curves, history, checkpoint['best_epoch']),
-        write_text(folder / 'settings.json',
-                   json.dumps(settings, indent=1, ensure_ascii=False) + '\n')])
+    settings = json.dumps({**checkpoint['options'], 'classes': checkpoint['required']['classes']},
+                          indent=1, ensure_ascii=False)
+    best = {'model': checkpoint['best_model'], 'required': checkpoint['required']}
+    all_are_written = True
+    for write_file, name, *content in (
+            (write_checkpoint, 'last.pt', checkpoint),
+            (write_checkpoint, 'best.pt', best),
+            (write_text, 'history.csv', text.getvalue()),
+            (write_figure, 'curves.png', draw_curves, history, checkpoint['best_epoch']),
+            (write_text, 'settings.json', f'{settings}\n')):
+        try:
+            write_file(folder / name, *content)
+        except FileInUse as error:
+            say(str(error))
+            all_are_written = False
+    return all_are_written
 
 
 def how_to_continue(folder):
@@ -838,12 +850,15 @@ def adapt_to_photographs(checkpoint, checksums):
 
 # ---- Files -----------------------------------------------------------------------------------
 
+class FileInUse(UserError):
+    """Another program holds a file open, so that Windows does not allow replacing it."""
+
+
 def write(path, content):
     """Writes a file of these bytes in such a way that it is complete, or else as it was before.
 
-    Returns whether it is written: if another program holds the file open, so that Windows does not
-    allow replacing it, says so and returns False. Raises UserError if it cannot be written for
-    another reason, for example because the disk is full.
+    Raises FileInUse if another program holds the file open, and UserError if it cannot be written
+    for another reason, for example because the disk is full.
     """
     temporary = path.with_name(path.name + '.tmp')
     try:
@@ -852,7 +867,7 @@ def write(path, content):
             # The content must be on the disk before the old file goes: the power may fail.
             file.flush()
             os.fsync(file.fileno())
-        return replace_patiently(temporary, path)
+        replace_patiently(temporary, path)
     except OSError as error:
         raise UserError(f'cannot write {path}: {error.strerror}; what was saved before is intact'
                         ) from None
@@ -863,22 +878,20 @@ def write(path, content):
 
 
 def replace_patiently(temporary, path):
-    """Puts the temporary file in the place of `path`, and returns True. If another program holds
-    that open, on Windows, for more than two seconds, says so and returns False."""
+    """Puts the temporary file in the place of `path`. If that is in use, tries for two seconds."""
     for _ in range(20):
         try:
             os.replace(temporary, path)
-            return True
+            return
         except PermissionError:
             time.sleep(0.1)
-    print(f'{path} is in use by another program and was left as it was', file=sys.stderr)
-    return False
+    raise FileInUse(f'{path} is in use by another program, and was left as it was')
 
 
 def write_text(path, text):
     """Writes a text file, as `write` does."""
     # surrogateescape: Linux allows file names that are not Unicode. They are written as they are.
-    return write(path, text.encode(errors='surrogateescape'))
+    write(path, text.encode(errors='surrogateescape'))
 
 
 def write_figure(path, draw, *arguments):
@@ -886,7 +899,7 @@ def write_figure(path, draw, *arguments):
     content = io.BytesIO()
     with picture_settings():
         draw(*arguments).savefig(content, format='png')
-    return write(path, content.getvalue())
+    write(path, content.getvalue())
 
 
 def write_checkpoint(path, checkpoint):
@@ -894,7 +907,7 @@ def write_checkpoint(path, checkpoint):
     # Into memory first: torch.save has no clear error for a full disk.
     content = io.BytesIO()
     torch.save(checkpoint, content)
-    return write(path, content.getbuffer())
+    write(path, content.getbuffer())
 
 
 def load_checkpoint(path):
@@ -963,8 +976,9 @@ def restore(model, optimizer, scaler, checkpoint, path, classes):
     load_weights(model, checkpoint, path, classes)
     then, now = checkpoint['optimizer_kind'], type(optimizer).__name__
     if then != now:
-        raise UserError(f'{path} is incompatible: its optimizer was {then}, now it is {now}; undo '
-                        'this change, or start a new run in a different folder')
+        raise UserError(f'{path} is incompatible: its optimizer was {then}, now it is {now}; give '
+                        'the same --recipe, undo a change of the script, or start a new run in a '
+                        'different folder')
     # Only Adam's averages come from the checkpoint; its options are those of the script and the
     # command line, so that a lower --lr or an edited weight decay takes effect.
     state_dict = optimizer.state_dict()
@@ -1084,8 +1098,10 @@ def draw_mistakes(val_x, val_files, probabilities, classes):
     wrong = np.flatnonzero(predicted != val_y)
     most_confident_first = np.argsort(-confidence[wrong], kind='stable')
     wrong = wrong[most_confident_first][:24]
-    titles = [f'{readable(val_files[i][0].name)}\n{classes[val_y[i]]}\npredicted:\n'
-              f'{classes[predicted[i]]} {confidence[i]:.0%}' for i in wrong]
+    # Long names are written on several lines.
+    names = [textwrap.fill(name, 20) for name in classes]
+    titles = [f'{readable(val_files[i][0].name)}\n{names[val_y[i]]}\npredicted:\n'
+              f'{names[predicted[i]]} {confidence[i]:.0%}' for i in wrong]
     heading = 'the most confident mistakes on the validation images'
     if len(wrong) == 0:
         heading = 'no mistakes on the validation images'
@@ -1196,12 +1212,14 @@ def predict(paths, model, classes, csv_file, batch_size, autocast):
 def find_paths(paths):
     """The files and folders that --predict names, as Paths."""
     found = []
-    for path in map(Path, paths):
+    for path in paths:
         matches = []
-        if path.name and not os.path.exists(path):
-            # Linux and macOS replace *.jpg by the names of the files, Windows does not.
-            matches = sorted(path.parent.glob(path.name))
-        found += matches or [path]
+        if not os.path.exists(path):
+            # Linux and macOS replace *.jpg by the names of the files, Windows does not. Brackets in
+            # the name of the folder may be a pattern, or just its name.
+            folder, name = os.path.split(path)
+            matches = glob.glob(path) or glob.glob(os.path.join(glob.escape(folder), name))
+        found += map(Path, sorted(matches) or [path])
     return found
 
 

@@ -47,6 +47,8 @@ def test_its_options_and_what_is_typed(small, few, tmp_path):
     better, typed = (checkpoint(tmp_path / name)['options'] for name in ('better', 'typed'))
     assert (better['recipe'], better['batch_size'], better['lr']) == ('better', 64, .001)
     assert (typed['recipe'], typed['batch_size'], typed['lr']) == ('better', 9, .01)
+    options = train.choose_options(train.parse_arguments(['--recipe', 'better', '--demo']))
+    assert (options.batch_size, options.epochs, options.lr) == (16, 5, .0001)
     done = small.call('--recipe', 'best')
     assert done.returncode == 2 and 'invalid choice' in done.stderr
     assert 'better' in done.stderr

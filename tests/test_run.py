@@ -118,10 +118,17 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 def torchrun(folder, *command):
-    """Starts two processes that train together."""
-    return subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-         *map(str, command)], cwd=folder, capture_output=True, encoding='utf-8', timeout=120)
+    """Starts two processes that train together. Ends them if they wait for each other."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node',
+               '2', *map(str, command)]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          encoding='utf-8', start_new_session=True) as process:
+        try:
+            out, err = process.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends the others
+            raise
+    return SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
 
 
 @pytest.fixture(scope='module')
@@ -334,8 +341,11 @@ def test_with_other_validation_photographs_the_best_epoch_is_chosen_anew(
     # Chosen anew again, but there is nothing to train: the weights are the last ones.
     done = small.call(*resume, '--data-dir', few)
     assert done.returncode == 0 and 'chosen anew' in done.stderr, done.stderr
-    right, _ = evaluated(small, copy_of_finished, 'last.pt', few)
-    assert done.stdout.splitlines()[-1].split()[-1] == f'{right:.1%}'
+    for name in ('last.pt', 'best.pt'):
+        right, _ = evaluated(small, copy_of_finished, name, few)
+        assert done.stdout.splitlines()[-1].split()[-1] == f'{right:.1%}'
+    # From now on, these are the run's.
+    assert 'changed' not in small.call(*resume, '--data-dir', few).stderr
 
 
 def test_the_table_is_that_of_the_best_epoch(small, few, tmp_path):
@@ -425,9 +435,10 @@ def test_a_second_run_is_refused_and_ctrl_c_says_how_to_continue(small, few, tmp
                           encoding='utf-8', start_new_session=True) as process:
         for _ in range(2):
             assert LINE.fullmatch(process.stdout.readline().rstrip())
-        second = small.call('--out', 'my run', '--resume', '--device', 'cpu', '--epochs', 1)
+        same_folder = os.path.join('my run', '..', 'my run')
+        second = small.call('--out', same_folder, '--resume', '--device', 'cpu', '--epochs', 1)
         assert second.returncode == 1 and second.stdout == ''
-        assert second.stderr.startswith('error: my run is in use by another run')
+        assert second.stderr.startswith(f'error: {same_folder} is in use by another run')
         assert second.stderr.count('\n') == 1
         # As a terminal does: the workers get it too.
         os.killpg(process.pid, signal.SIGINT)
@@ -475,6 +486,25 @@ def test_a_second_signal_does_not_lose_the_line_that_says_how_to_continue(small,
     assert interrupted == 'interrupted'
 
 
+def test_a_signal_after_an_error_does_not_lose_that_line_either(small, copy_of_finished):
+    """torchrun's SIGTERM, when the other process has died."""
+    def fail():
+        raise RuntimeError('Connection closed by peer')
+    stderr = SecondSignal()
+    with at_step(1, fail), pytest.raises(RuntimeError, match='Connection closed'):
+        small.call('--out', 'run', '--resume', '--epochs', 5, '--device', 'cpu', stderr=stderr)
+    assert 'run holds the state after epoch 3; continue with' in stderr.getvalue()
+
+
+def test_what_a_shell_starts_in_the_background_ignores_ctrl_c(small):
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        small.data.run_script(lambda: None)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def test_interrupted_with_a_damaged_checkpoint(small, copy_of_finished):
     def damage():
         spoil(copy_of_finished / 'last.pt', 'cut off')
@@ -492,7 +522,9 @@ def test_a_run_in_a_thread(small, few, tmp_path, monkeypatch):
     arguments = ['--data-dir', str(few), '--epochs', '1', '--device', 'cpu', '--out', 'run']
     with ThreadPoolExecutor() as threads:
         threads.submit(small.train.main, arguments).result()
-    assert epochs_saved(tmp_path / 'run') == 1
+        threads.submit(small.data.run_script, lambda: small.train.main(
+            [*arguments, '--resume', '--epochs', '2'])).result()
+    assert epochs_saved(tmp_path / 'run') == 2
 
 
 @LINUX
@@ -678,6 +710,13 @@ def test_files_that_another_program_holds_open_do_not_end_the_run(
         assert done.stdout.splitlines()[-1].startswith('total')
         assert (tmp_path / held_file / 'mistakes.png').exists()
         assert not (tmp_path / held_file / held_file).exists()
+    for command in (['--predict', few / 'validation'], ['--dreams']):
+        held_file = command[0].removeprefix('--') + '.csv'
+        if command == ['--dreams']:
+            held_file = 'dreams.png'
+        done = small.call('--out', 'run', '--device', 'cpu', *command)
+        assert done.returncode == 1 and done.stderr.count('\n') == 1
+        assert done.stderr.startswith(f'error: {Path("run", held_file)} is in use')
     # As the message advises.
     limit = 0
     done = small.call('--out', 'history.csv', '--resume', '--device', 'cpu')
@@ -873,6 +912,11 @@ def test_predict_names_three_classes_and_writes_kaggles_table(
     bracketed = shutil.copytree(folder, tmp_path / '测试 [2024]')
     done = small.call(*predict, bracketed / '000[02].jpg')
     single, second = done.stdout.replace(str(bracketed), str(folder)).splitlines()
+    # A name goes before a pattern.
+    shutil.copy(folder / '0002.jpg', folder / '000[02].jpg')
+    done = small.call(*predict, folder / '000[02].jpg', tmp_path / '测*' / '0002.*')
+    assert sorted(line.split(': ')[0] for line in done.stdout.splitlines()) == sorted([
+        str(folder / '000[02].jpg'), str(folder / '0002.jpg'), str(bracketed / '0002.jpg')])
     model, _ = small.train.load_model(copy_of_finished / 'best.pt', CPU)
     images = [small.data.read_image(folder / name) for name in
               ('0000.jpg', '0002.jpg', 'my, dinner.jpg')]

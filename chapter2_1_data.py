@@ -107,7 +107,7 @@ def readfile(path, classes=CLASSES):
     if isinstance(path, list):
         labelled = path
     else:
-        # The sorted files in the folder, with the labels in their names.
+        # labelled_files lists the folder, and takes the labels from the names.
         labelled = all_labelled(path, classes)
     image_files = [file for file, _ in labelled]
     labels = [label for _, label in labelled]
@@ -260,7 +260,8 @@ def leads_back(inner, folder):
     # A link into the folder.
     if target.is_relative_to(folder.resolve()):
         return True
-    # A link to what holds one of the folders on the way from `folder` to the link.
+    # A link to what holds one of the folders on the way to it. For food-11/Egg/old/link in food-11,
+    # these are food-11/Egg/old, food-11/Egg and food-11.
     holders = list(inner.parents)[:len(inner.relative_to(folder).parts)]
     return any(holder.resolve().is_relative_to(target) for holder in holders)
 
@@ -285,8 +286,9 @@ def labelled_files(folder, classes):
     """The photographs in a folder as pairs (file, label), sorted by file. The label is None for
     those that have none, which only --predict of chapter2_2_train.py accepts.
 
-    The label of Egg/17.jpg is the position of Egg in `classes`. That of 3_17.jpg is 3, if the
-    classes are CLASSES and the name has two numbers: 01-05-2021.jpg is a date.
+    The label of Egg/17.jpg is the position of Egg in `classes`. That of 3_17.jpg, which lies in no
+    folder, is 3 if the classes are CLASSES. The name must have two numbers: 01-05-2021.jpg has
+    three, and is a date.
     """
     files = []
     for file in list_images(folder):
@@ -311,17 +313,17 @@ def all_labelled(folder, classes):
     # Of a folder that is no class, the folder is named, and not each photograph in it.
     unlabelled = sorted({folder / file.relative_to(folder).parts[0]
                          for file, label in files if label is None})
+    # These are links that lead nowhere (in the place of a class folder, too), folders, or files.
     for path in unlabelled:
-        # A link that leads nowhere is listed as a file, also in the place of a class folder.
         refuse_missing(path)
     found = ', '.join(classes[:10])
-    refuse_files([path for path in unlabelled if os.path.isdir(path)],
-                 f'is not one of the class folders ({found}); rename or move it')
-    problem = f'is not in one of the class folders ({found}); move it'
+    folders = [path for path in unlabelled if os.path.isdir(path)]
+    refuse_files(folders, f'is not one of the class folders ({found}); rename or move it')
+    problem = f'is not in one of the class folders ({found})'
     if classes == CLASSES:
-        problem = (f'has no label: a name begins with a label from 0 to {len(classes) - 1}, and '
-                   'has two numbers, as 3_17.jpg; rename or move it')
-    refuse_files(unlabelled, problem)
+        problem += (f', and has no label from 0 to {len(classes) - 1} and a number in its name, as '
+                    '3_17.jpg')
+    refuse_files(unlabelled, f'{problem}; rename or move it')
     return files
 
 
@@ -354,18 +356,21 @@ def refuse_unless_classes(classes, folder):
     """Raises UserError if there are fewer than two folders with photographs in `folder`, or if two
     of them are parts of a data set, and not classes: seg_train and seg_test differ in the word for
     a part only. (A class may be called train, beside bus and car.)"""
-    rests = [rest for rest in map(without_part, classes) if rest is not None]
-    if len(classes) >= 2 and len(set(rests)) == len(rests):
-        return
+    wanted = ('a data folder holds the folders training and validation, or a folder for each of at '
+              f'least two classes; the folders with photographs in {folder.absolute()}')
     found = ', '.join(classes[:10]) or 'none'
-    raise UserError(f'a data folder holds the folders training and validation, or a folder for '
-                    f'each of at least two classes; the folders with photographs in '
-                    f'{folder.absolute()} are: {found}; {README}')
+    if len(classes) < 2:
+        raise UserError(f'{wanted} are: {found}; {README}')
+    rests = [rest for rest in map(without_part, classes) if rest is not None]
+    # Two equal rests: two parts of the same data set.
+    if len(set(rests)) < len(rests):
+        raise UserError(f'{wanted} are called like parts of a data set: {found}; {README}')
 
 
 def without_part(name):
-    """The words of a folder's name beside its word for a part of a data set: ('seg',) for seg_train
-    and seg_test, () for train and 验证集. None if it has no such word."""
+    """The words of a folder's name beside its word for a part of a data set, and beside set, data
+    and images: ('seg',) for seg_train and seg_test, () for train_set and 验证集. None if it has no
+    word for a part."""
     part = ('(train|training|val|valid|validate|validation|test|testing|eval|evaluation|dev|pred|'
             'labell?ed|unlabell?ed)(set|data|images)?|.*(训练|验证|测试|訓練|驗證|測試).*')
     words = re.findall('[^0-9_\\W]+', name.lower())
@@ -546,10 +551,10 @@ def show_preview(train_set, index, classes, file=None):
 def make_window():
     """A matplotlib figure in a window, or None where no window can be made."""
     from matplotlib import pyplot as plt
-    # A backend that cannot be loaded without a display.
+    # ImportError: the backend cannot be loaded without a display.
     errors = [ImportError]
     with contextlib.suppress(ImportError):
-        # A Tk that is not installed completely.
+        # TclError: Tk is not installed completely. (It may not be installed at all.)
         from tkinter import TclError
         errors.append(TclError)
     try:
@@ -569,7 +574,7 @@ def print_counts(train_y, val_y, classes):
     for label, name in enumerate(classes):
         print(f'{label:>3} {name:<20} {(train_y == label).sum():>8} {(val_y == label).sum():>10}')
     print(f'{"total":<24} {len(train_y):>8} {len(val_y):>10}')
-    # Only food-11 has this class.
+    # Other data sets hardly have this class.
     if 'Dairy product' in classes and (len(train_y), len(val_y)) != (9866, 3430):
         print('the complete food-11 has 9866 training and 3430 validation photographs')
 
@@ -631,7 +636,8 @@ def main(arguments=None):
 
 
 def add_data_arguments(parser, default_dir):
-    """Adds the arguments that both scripts have. default_dir: --data-dir if it is not given."""
+    """Adds the arguments that both scripts have. default_dir: data_dir, or, in chapter2_2_train.py,
+    SUPPRESS, as that may know another folder from a run that it continues."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument('--data-dir', type=os.path.expanduser, metavar='DIR', default=default_dir,
                        help='folder that holds training/ and validation/, or a folder for each '

@@ -56,7 +56,6 @@ num_epoch = 100
 learning_rate = 0.001
 
 # The options that are saved with a run, with their defaults: the book's, where it says something.
-# (Once saved, --no-amp stays on.)
 book_options = {'data_dir': data_dir, 'recipe': 'book', 'epochs': num_epoch,
                 'batch_size': batch_size, 'lr': learning_rate, 'seed': 0, 'no_amp': False}
 
@@ -233,12 +232,12 @@ def better_loss_and_optimizer(model, lr, device):
     return loss, optimizer
 
 
-def better_learning_rate(highest, epoch, num_epoch):
+def better_learning_rate(highest, epoch, epochs):
     """The learning rate of an epoch, counted from 1: it rises for a fifth of the epochs, as the
     first steps of a new network are wild, and then falls towards zero along a cosine, so that the
     last steps only refine."""
     # How much of the training is done in the middle of this epoch: 0 is nothing, 1 is all.
-    done = (epoch - 0.5) / num_epoch
+    done = (epoch - 0.5) / epochs
     if done < 0.2:
         return highest * done / 0.2
     return highest * (1 + math.cos(math.pi * (done - 0.2) / 0.8)) / 2
@@ -311,12 +310,12 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
     torch.manual_seed(options.seed)
     model = make_model(len(classes), device)
     loss = nn.CrossEntropyLoss().to(device)
+    # The better recipe has another loss, but only for training: so validation can be compared.
     if options.recipe == 'book':
         training_loss = loss
         # fused: updates all weights at once, which is faster.
         optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
     else:
-        # The better recipe's loss is for training only, so that validation can be compared.
         training_loss, optimizer = better_loss_and_optimizer(model, options.lr, device)
 
     # Not in the book: computing with 16 bits, and the state of a run that is continued.
@@ -327,6 +326,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
     if checkpoint is not None:
         restore(model, optimizer, scaler, checkpoint, folder / 'last.pt', classes)
         say(f'resumed from epoch {len(checkpoint["history"])} in {folder}')
+        # If other photographs are for validation now, this changes what the best epoch is.
         adapt_to_photographs(checkpoint, checksums)
         history, best_acc = checkpoint['history'], checkpoint['best_acc']
         best_epoch, best_model = checkpoint['best_epoch'], checkpoint['best_model']
@@ -391,6 +391,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
         write_figure(folder / 'confusion.png', draw_confusion, counts, classes)
         write_figure(folder / 'mistakes.png', draw_mistakes, val_x, val_files, probabilities,
                      classes)
+        # Now that there is nothing else to do:
         if not is_saved:
             raise UserError('the end of the run is not saved completely: close the program that '
                             f'uses its files, and give --out "{folder}" --resume')
@@ -407,7 +408,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
 
 def parse_arguments(arguments):
     """Returns what is on the command line. Options that are saved with a run are only there if they
-    are typed: choose_options knows the others."""
+    are typed: choose_options knows the others. (--demo stands for a --data-dir, too.)"""
     # --help begins with the text at the top of this file.
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -475,7 +476,8 @@ def parse_arguments(arguments):
 
 def choose_options(args, checkpoint=None):
     """The options of a run: those that are typed, or else those that the run has saved, or else
-    those of the demo, of the better recipe, or of the book."""
+    those of the demo, of the better recipe, or of the book. (No option switches a saved --no-amp
+    off.)"""
     # Each map is asked only if those before it do not have an option.
     options = ChainMap(vars(args))
     if checkpoint is not None:
@@ -784,7 +786,8 @@ def save_run(folder, checkpoint):
     """
     if rank() > 0:
         return False
-    # Turns NumPy's numbers into Python's, because load_checkpoint would refuse NumPy's.
+    # If somebody adds a column of NumPy's numbers, these become Python's, as load_checkpoint would
+    # refuse NumPy's.
     history = json.loads(json.dumps(checkpoint['history'], default=float))
     checkpoint = {**checkpoint, 'history': history}
     text = io.StringIO()
@@ -798,6 +801,7 @@ def save_run(folder, checkpoint):
                           indent=1, ensure_ascii=False)
     best = {'model': checkpoint['best_model'], 'required': checkpoint['required']}
     all_are_written = True
+    # After the name: what the function needs beside the path.
     for write_file, name, *content in (
             (write_checkpoint, 'last.pt', checkpoint),
             (write_checkpoint, 'best.pt', best),
@@ -842,7 +846,7 @@ def adapt_to_photographs(checkpoint, checksums):
         if checksums[part] != checkpoint['checksums'][part]:
             say(f'the photographs for {part} have changed since then')
     if checksums['validation'] != checkpoint['checksums']['validation']:
-        say('the best epoch is chosen anew, on the photographs that are for validation now')
+        say('the best epoch is chosen anew: until the next epoch, it is the last one')
         checkpoint.update(best_acc=-1, best_epoch=len(checkpoint['history']),
                           best_model=checkpoint['model'])
     checkpoint['checksums'] = checksums
@@ -971,6 +975,7 @@ def load_weights(model, checkpoint, path, classes):
 def restore(model, optimizer, scaler, checkpoint, path, classes):
     """Brings all that the training changes into the state that the checkpoint has.
 
+    path: where the checkpoint comes from, for error messages.
     Raises UserError as load_weights does, and if the optimizer is of another kind.
     """
     load_weights(model, checkpoint, path, classes)
@@ -1154,7 +1159,7 @@ def percent(part, whole):
 def use_run(args, device):
     """Does what --predict, --dreams and --features ask for, with a checkpoint of the run in
     --out."""
-    # Not the options of the run: --predict computes as it is told here.
+    # --no-amp and --batch-size are those typed now, not those of the run.
     options = choose_options(args)
     folder = Path(args.out)
     model, classes = load_model(folder / args.checkpoint, device)
@@ -1189,23 +1194,23 @@ def predict(paths, model, classes, csv_file, batch_size, autocast):
         files = labelled_files(folders[0], classes)
     else:
         files = [(path, None) for path in paths]
-    images, readable_files, bad_files = [], [], []
+    images, good_files, bad_files = [], [], []
     image_files = [file for file, _ in files]
     for pair, img in zip(files, in_threads(read_image, image_files, 'reading')):
         if img is None:
             bad_files.append(pair[0])
         else:
             images.append(img)
-            readable_files.append(pair)
+            good_files.append(pair)
     if images:
         probabilities = predict_probabilities(model, np.stack(images), batch_size, autocast)
         if folders:
             print(f'{readable(folders[0])}: {len(images)} of {len(files)} photographs predicted, '
                   f'in {readable(csv_file)}')
-            print_test_accuracies(readable_files, probabilities, classes)
-            write_predictions(csv_file, folders[0], readable_files, probabilities)
+            print_test_accuracies(good_files, probabilities, classes)
+            write_predictions(csv_file, folders[0], good_files, probabilities)
         else:
-            print_likeliest(readable_files, probabilities, classes)
+            print_likeliest(good_files, probabilities, classes)
     refuse_files(bad_files, NO_IMAGE)
 
 
@@ -1213,12 +1218,11 @@ def find_paths(paths):
     """The files and folders that --predict names, as Paths."""
     found = []
     for path in paths:
-        matches = []
-        if not os.path.exists(path):
-            # Linux and macOS replace *.jpg by the names of the files, Windows does not. Brackets in
-            # the name of the folder may be a pattern, or just its name.
-            folder, name = os.path.split(path)
-            matches = glob.glob(path) or glob.glob(os.path.join(glob.escape(folder), name))
+        folder, name = os.path.split(path)
+        # A name; else a pattern, which Windows does not replace by names, as Linux and macOS do;
+        # else a pattern in a folder that has brackets in its name: "photos [2024]/*.jpg".
+        matches = (glob.glob(glob.escape(path)) or glob.glob(path)
+                   or glob.glob(os.path.join(glob.escape(folder), name)))
         found += map(Path, sorted(matches) or [path])
     return found
 

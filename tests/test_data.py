@@ -231,7 +231,7 @@ def test_no_more_threads_than_allowed_cores_and_at_most_8(tmp_path, monkeypatch,
 # ---- Refusing --------------------------------------------------------------------------------
 
 NO_IMAGE = 'cannot be read as an image; repair, rename or delete it'
-NO_LABEL = 'has no label: a name begins with a label from 0 to 10, and has two numbers'
+NO_LABEL = 'is not in one of the class folders (Bread, '
 
 
 @pytest.mark.parametrize('name, content, reason', [

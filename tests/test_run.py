@@ -74,15 +74,19 @@ def replace_or_die(source, target):
 os.fsync, os.replace = fsync_or_die, replace_or_die
 '''
 
-# Sends a script a signal while it reads photographs.
+# Sends a script two signals while it reads photographs.
 INTERRUPTER = '''
 import cv2, threading, time
 number = int(sys.argv.pop(1))
 imdecode, calls = cv2.imdecode, []
+def interrupt_twice():
+    for _ in range(2):
+        time.sleep(.02)
+        os.kill(os.getpid(), number)
 def imdecode_and_interrupt(*arguments):
     calls.append(1)
     if len(calls) == 3:
-        threading.Thread(target=lambda: (time.sleep(.02), os.kill(os.getpid(), number))).start()
+        threading.Thread(target=interrupt_twice).start()
     return imdecode(*arguments)
 cv2.imdecode = imdecode_and_interrupt
 '''
@@ -470,7 +474,7 @@ class SecondSignal(io.StringIO):
     two quick Ctrl-C, or torchrun's SIGTERM after a process has died."""
 
     def write(self, text):
-        if 'state after epoch' in text:
+        if 'state after epoch' in text or 'interrupted' in text:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGINT)
         return super().write(text)
@@ -485,6 +489,20 @@ def test_a_second_signal_does_not_lose_the_line_that_says_how_to_continue(small,
     line, interrupted = stderr.getvalue().splitlines()[-2:]
     assert line.startswith('run holds the state after epoch 1; continue with python')
     assert interrupted == 'interrupted'
+
+
+def test_a_second_signal_at_the_end_of_the_data_script(small, few, monkeypatch):
+    imdecode, stderr = cv2.imdecode, SecondSignal()
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return imdecode(*arguments)
+    monkeypatch.setattr(cv2, 'imdecode', interrupted)
+    try:
+        done = small.call('--data-dir', few, main=small.data.main, stderr=stderr)
+    except KeyboardInterrupt:
+        pytest.fail('the second signal was not ignored')
+    assert done.returncode == 130 and stderr.getvalue() == 'interrupted\n'
 
 
 def test_a_signal_after_an_error_does_not_lose_that_line_either(small, copy_of_finished):

@@ -215,7 +215,7 @@ def accuracy_and_loss(correct, loss_sum, image_count):
 # photographs of ten dishes, it was right for 99% of those for training, and for 59% of those for
 # validation. With --recipe better, train_run trains this network on the images of better_transform
 # (chapter2_1_data.py), with what is in this section. Then it was right for 84% of these images, and
-# for 72% of the photographs for validation. README.md says how much each change gains.
+# for 72% of the photographs for validation. See .github/results.md.
 
 # Used by choose_options, like demo_options.
 better_options = {'batch_size': 64}

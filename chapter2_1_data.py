@@ -40,7 +40,7 @@ image_size = 128
 
 batch_size = 128
 
-# When Ctrl-C has an effect again: see ignore_interruptions.
+# Until this time.monotonic(), Ctrl-C has no effect: see ignore_interruptions.
 interrupted_until = 0
 
 
@@ -107,7 +107,8 @@ def readfile(path, classes=CLASSES):
     if isinstance(path, list):
         labelled = path
     else:
-        # labelled_files lists the folder, and takes the labels from the names.
+        # The sorted files in the folder. The label of 3_17.jpg is 3, as in the book; labelled_files
+        # says what else is possible.
         labelled = all_labelled(path, classes)
     image_files = [file for file, _ in labelled]
     labels = [label for _, label in labelled]
@@ -251,8 +252,8 @@ def is_image(name):
 
 
 def leads_back(inner, folder):
-    """Whether something in `folder` is a link into `folder`, which is read anyway, or to a folder
-    that holds the link, as food-11/training/Egg/link to food-11, which would have no end."""
+    """Whether `inner` is a link that would have photographs read twice (a link into `folder`), or
+    without an end (a link to what holds it, as food-11/training/Egg/link to food-11)."""
     target = inner.resolve()
     # A folder that is where its name says is no link.
     if target == inner.parent.resolve() / inner.name:
@@ -294,6 +295,7 @@ def labelled_files(folder, classes):
     for file in list_images(folder):
         label = None
         *folders, name = file.relative_to(folder).parts
+        # Without the ending, which may have a number too, as .jp2.
         numbers = re.findall('[0-9]+', name.removesuffix(file.suffix))
         if folders:
             if readable(folders[0]) in classes:
@@ -313,7 +315,8 @@ def all_labelled(folder, classes):
     # Of a folder that is no class, the folder is named, and not each photograph in it.
     unlabelled = sorted({folder / file.relative_to(folder).parts[0]
                          for file, label in files if label is None})
-    # These are links that lead nowhere (in the place of a class folder, too), folders, or files.
+    # os.walk lists a link that leads nowhere as a file, also in the place of a class folder. So
+    # first: does each one exist?
     for path in unlabelled:
         refuse_missing(path)
     found = ', '.join(classes[:10])
@@ -368,9 +371,9 @@ def refuse_unless_classes(classes, folder):
 
 
 def without_part(name):
-    """The words of a folder's name beside its word for a part of a data set, and beside set, data
-    and images: ('seg',) for seg_train and seg_test, () for train_set and 验证集. None if it has no
-    word for a part."""
+    """The words of a folder's name without those for a part of a data set, and without set, data
+    and images: ('seg',) for seg_train and seg_test, () for train_set and 验证集. None if no word is
+    one for a part."""
     part = ('(train|training|val|valid|validate|validation|test|testing|eval|evaluation|dev|pred|'
             'labell?ed|unlabell?ed)(set|data|images)?|.*(训练|验证|测试|訓練|驗證|測試).*')
     words = re.findall('[^0-9_\\W]+', name.lower())
@@ -551,10 +554,10 @@ def show_preview(train_set, index, classes, file=None):
 def make_window():
     """A matplotlib figure in a window, or None where no window can be made."""
     from matplotlib import pyplot as plt
-    # ImportError: the backend cannot be loaded without a display.
+    # What plt.figure raises where no window can be made: ImportError without a display, TclError if
+    # Tk is incomplete. Where there is no Tk at all, there is no TclError to catch either.
     errors = [ImportError]
     with contextlib.suppress(ImportError):
-        # TclError: Tk is not installed completely. (It may not be installed at all.)
         from tkinter import TclError
         errors.append(TclError)
     try:
@@ -636,8 +639,8 @@ def main(arguments=None):
 
 
 def add_data_arguments(parser, default_dir):
-    """Adds the arguments that both scripts have. default_dir: data_dir, or, in chapter2_2_train.py,
-    SUPPRESS, as that may know another folder from a run that it continues."""
+    """Adds the arguments that both scripts have. default_dir: data_dir; chapter2_2_train.py gives
+    SUPPRESS, because a continued run has saved its own folder."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument('--data-dir', type=os.path.expanduser, metavar='DIR', default=default_dir,
                        help='folder that holds training/ and validation/, or a folder for each '

@@ -324,6 +324,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
                  'validation': checksum(val_files, options.data_dir)}
     history, best_acc, best_epoch, best_model = [], -1, None, None
     if checkpoint is not None:
+        # The path is for error messages only.
         restore(model, optimizer, scaler, checkpoint, folder / 'last.pt', classes)
         say(f'resumed from epoch {len(checkpoint["history"])} in {folder}')
         # If other photographs are for validation now, this changes what the best epoch is.
@@ -348,6 +349,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
 
         train_acc, train_loss = train_epoch(parallel_model, progress(train_loader, title),
                                             training_loss, optimizer, autocast, scaler)
+        # With several processes, their batch norm may differ. (With one, this does nothing.)
         share_batch_norm(model)
         val_acc, val_loss = evaluate(model, progress(val_loader, f'{title} validation'),
                                      loss, autocast)
@@ -408,7 +410,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
 
 def parse_arguments(arguments):
     """Returns what is on the command line. Options that are saved with a run are only there if they
-    are typed: choose_options knows the others. (--demo stands for a --data-dir, too.)"""
+    are typed: choose_options knows the others. --demo sets data_dir, as if it had been typed."""
     # --help begins with the text at the top of this file.
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -686,6 +688,7 @@ def open_run(out, resume):
     used.
     """
     if rank() > 0:
+        # Waits for process 0. If that fails before, torchrun ends this process.
         yield as_process_0_has(None)
         return
     folder, is_new = make_folder(out)
@@ -801,7 +804,8 @@ def save_run(folder, checkpoint):
                           indent=1, ensure_ascii=False)
     best = {'model': checkpoint['best_model'], 'required': checkpoint['required']}
     all_are_written = True
-    # After the name: what the function needs beside the path.
+    # Each is called as write_file(folder / name, *content). write_figure gets a function that
+    # draws, and its arguments.
     for write_file, name, *content in (
             (write_checkpoint, 'last.pt', checkpoint),
             (write_checkpoint, 'best.pt', best),
@@ -839,8 +843,9 @@ def adapt_to_photographs(checkpoint, checksums):
     """Says if the photographs have changed since the checkpoint was saved. checksums: those of the
     photographs for training and for validation.
 
-    If those for validation have changed, changes the checkpoint: its best epoch was the best one on
-    the old photographs, and now any next epoch is better.
+    If those for validation have changed, the old best accuracy cannot be compared any more. So the
+    checkpoint's best_acc becomes -1, which makes the next epoch the best one; until then, the last
+    one is.
     """
     for part in ('training', 'validation'):
         if checksums[part] != checkpoint['checksums'][part]:
@@ -1184,7 +1189,8 @@ def predict(paths, model, classes, csv_file, batch_size, autocast):
     """Predicts the classes of photographs, or of those in a folder. Those in a folder are written
     into csv_file; if they are named or arranged like those for training, also prints the accuracy.
 
-    Raises UserError at the end if some photographs cannot be read; it says which.
+    Raises UserError at the end if some files are no images; it says which. A file that the system
+    does not let be read ends it at once.
     """
     paths = find_paths(paths)
     folders = [path for path in paths if os.path.isdir(path)]
@@ -1194,6 +1200,7 @@ def predict(paths, model, classes, csv_file, batch_size, autocast):
         files = labelled_files(folders[0], classes)
     else:
         files = [(path, None) for path in paths]
+    # images[i] will be the photograph of good_files[i], a pair (file, label).
     images, good_files, bad_files = [], [], []
     image_files = [file for file, _ in files]
     for pair, img in zip(files, in_threads(read_image, image_files, 'reading')):
@@ -1326,7 +1333,7 @@ def dream(model, class_count, steps=100):
     c = 0 gives formula 1.2.1.
     Returns the images, float (11, 128, 128, 3), BGR in 0..1, and their probabilities y_i (11,).
 
-    With Normalize at the end of test_transform, other colours would be right than those in 0..1.
+    If test_transform ends with Normalize, the start and the clamp to 0..1 must be changed too.
     """
     # The numbers in this function were chosen by eye. The book's c is 1, but then the sum of
     # 49,152 numbers would count more than a probability, and the images would be black.

@@ -567,8 +567,6 @@ def test_a_class_is_the_same_however_a_system_writes_its_letters(small, tmp_path
     done = small.call('--predict', folder / 'training', *run)
     assert done.returncode == 0 and done.stderr == ''
     # Undivided, a photograph keeps its side.
-    for form in ('NFC', 'NFD'):
-        write(tmp_path / form / '1.jpg')
     assert data.is_for_validation(tmp_path / unicodedata.normalize('NFC', 'é.jpg'), tmp_path) == \
         data.is_for_validation(tmp_path / unicodedata.normalize('NFD', 'é.jpg'), tmp_path)
 

@@ -2,6 +2,7 @@
 
     python chapter2_1_data.py                       counts the photographs in ./food-11, shows some
     python chapter2_1_data.py --index 7             shows train_set[7] instead of train_set[100]
+    python chapter2_1_data.py --recipe better       shows the augmentation of the better recipe
     python chapter2_1_data.py --save preview.png    writes the picture into a file
     python chapter2_1_data.py --data-dir my-photos  your own photographs, in a folder for each class
     python chapter2_1_data.py --demo                needs no photographs: draws some dishes first
@@ -15,10 +16,8 @@ import re
 import signal
 import sys
 import threading
-import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 data_dir = './food-11'
@@ -40,52 +40,54 @@ image_size = 128
 
 batch_size = 128
 
-# Until this time.monotonic(), Ctrl-C has no effect: see ignore_interruptions.
-interrupted_until = 0
-
-
-# ---- Mistakes of the user --------------------------------------------------------------------
-
-class UserError(Exception):
-    """A mistake of the user: the scripts print its message, and no traceback."""
-
-
-def refuse_files(files, problem):
-    """Raises UserError if there are files (or folders) with a problem. The message names them, or
-    the first ten. problem: what follows a file's name in a sentence."""
-    if len(files) == 1:
-        raise UserError(f'{files[0]} {problem}')
-    if files:
-        lines = [f'{len(files)} places, each of which {problem}:', *map(str, files[:10])]
-        if len(files) > 10:
-            lines.append(f'and {len(files) - 10} more')
-        raise UserError('\n  '.join(lines))
-
-
-NO_IMAGE = 'cannot be read as an image; repair, rename or delete it'
-
 
 # ---- Reading the photographs -----------------------------------------------------------------
+
+def readfile(path, classes=CLASSES):
+    """Reads photographs and their labels (section 2.2).
+
+    path: a folder such as food-11/training, as in the book, whose classes are `classes`; or, for a
+    data folder of any layout, a list of pairs (file, label) that find_photographs returns.
+    Returns x, uint8 (N, 128, 128, 3), BGR, and y, the labels (N,), uint8 or, above 255, uint16.
+    Raises UserError if photographs have no label or are no images, OSError if one cannot be opened.
+    """
+    files = path
+    if not isinstance(path, list):
+        # Sorted by name. The label of 3_17.jpg is 3.
+        files = labelled_files(list_images(path), path, classes)
+    highest_label = max((label for _, label in files), default=0)
+    x = np.zeros((len(files), image_size, image_size, 3), dtype=np.uint8)
+    y = np.zeros(len(files), dtype=np.min_scalar_type(highest_label))
+    bad_files = []
+
+    def read(i):
+        file, label = files[i]
+        img = read_image(file)
+        if img is None:
+            bad_files.append(file)
+            return
+        x[i] = img
+        y[i] = label
+
+    # The book's loop over all i, but several photographs are read at the same time.
+    in_threads(read, range(len(files)), 'reading')
+    refuse_files(bad_files, NO_IMAGE)
+    return x, y
+
 
 def read_image(file):
     """Reads one photograph, and resizes it: the book's cv2.imread and cv2.resize (section 2.2).
 
-    Returns uint8 (128, 128, 3), BGR, or None if the file is not an image. Raises UserError with the
-    system's reason if the system does not let it be read.
+    Returns uint8 (128, 128, 3), BGR, or None if the file is no image. Raises OSError if it cannot
+    be opened.
     """
     # cv2.imread cannot open a path with Chinese characters on Windows. Therefore Python reads the
     # bytes, and imdecode turns them into the same pixels.
-    try:
-        file_bytes = Path(file).read_bytes()
-    except OSError as error:
-        raise UserError(f'cannot read {file}: {error.strerror}') from None
+    file_bytes = Path(file).read_bytes()
     # A JPEG whose end is missing is read as far as it goes, as imread does. imdecode does so only
     # if the two bytes that end a JPEG are there. At the end of a whole one, two more do no harm.
     if file_bytes.startswith(b'\xff\xd8'):
         file_bytes += b'\xff\xd9'
-    # OpenCV's own warnings do not say which file they are about. setLogLevel is in
-    # cv2.utils.logging (OpenCV 5) or in cv2 (OpenCV 4).
-    getattr(cv2.utils, 'logging', cv2).setLogLevel(0)
     try:
         img = cv2.imdecode(np.frombuffer(file_bytes, dtype=np.uint8), cv2.IMREAD_COLOR)
     except cv2.error:
@@ -94,305 +96,6 @@ def read_image(file):
     if img is None:
         return None
     return cv2.resize(img, (image_size, image_size))
-
-
-def readfile(path, classes=CLASSES):
-    """Reads photographs and their labels (section 2.2).
-
-    path: a folder such as food-11/training, whose classes are `classes`; or a list of pairs
-    (file, label), as find_photographs returns them.
-    Returns x, uint8 (N, 128, 128, 3), BGR, and y, the labels (N,), uint8 or, above 255, uint16.
-    Raises UserError if some photographs have no label, or if some cannot be read.
-    """
-    if isinstance(path, list):
-        labelled = path
-    else:
-        # The sorted files in the folder. The label of 3_17.jpg is 3, as in the book; labelled_files
-        # says what else is possible.
-        labelled = all_labelled(path, classes)
-    image_files = [file for file, _ in labelled]
-    labels = [label for _, label in labelled]
-    x = np.zeros((len(labels), image_size, image_size, 3), dtype=np.uint8)
-    y = np.zeros(len(labels), dtype=np.min_scalar_type(max(labels, default=0)))
-    bad_files = []
-    # img is read_image(image_files[0]), then read_image(image_files[1]), and so on.
-    for i, img in enumerate(in_threads(read_image, image_files, 'reading')):
-        if img is None:
-            bad_files.append(image_files[i])
-            continue
-        x[i] = img
-        y[i] = labels[i]
-    refuse_files(bad_files, NO_IMAGE)
-    return x, y
-
-
-def in_threads(function, items, title):
-    """Yields function(item) for each item, in order, while several threads call the function for
-    the next ones. A progress bar shows how many are done."""
-    # Threads are enough, as OpenCV lets other threads run while it decodes. At most 8, because each
-    # holds a whole photograph in memory.
-    with (ThreadPoolExecutor(min(core_count(), 8)) as threads,
-          progress_bar(items, title) as bar):
-        try:
-            # 64 at a time, so that not all results wait in memory if the first one takes long.
-            for start in range(0, len(items), 64):
-                for result in threads.map(function, items[start:start + 64]):
-                    yield result
-                    bar.update()
-        finally:
-            # After Ctrl-C, only the calls that have begun are waited for.
-            threads.shutdown(cancel_futures=True)
-
-
-def progress_bar(items, title):
-    """tqdm's progress bar for these items, on a terminal or in a notebook, but not in a file."""
-    on_terminal = isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr.isatty()
-    # Jupyter, Spyder and VS Code run Python in an ipykernel. IDLE's window cannot show a bar.
-    in_notebook = 'ipykernel' in sys.modules
-    return tqdm(items, title, leave=False, disable=not on_terminal and not in_notebook)
-
-
-def core_count():
-    """How many CPU cores this process may use: Slurm and Docker may allow fewer than there are."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    # On Windows and macOS, all of them.
-    return os.cpu_count()
-
-
-# ---- The data folder -------------------------------------------------------------------------
-
-README = ('the photographs for training are in --data-dir; food-11/README.md says where to get '
-          'some, and how to arrange them')
-
-
-def find_photographs(data_dir):
-    """Finds the photographs in a data folder such as ./food-11. It holds either
-
-    - training and validation, with photographs whose names begin with the label, as 3_17.jpg;
-    - training and validation, with a folder for each class in both; or
-    - a folder for each class. Then about a fifth of the photographs is for validation: which ones,
-      depends on their names.
-
-    Returns classes, the names of the labels 0, 1, ...; and train_files and val_files, sorted lists
-    of pairs (file, label). Raises UserError if the folder holds something else.
-    """
-    data_dir = Path(data_dir)
-    refuse_missing(data_dir)
-    train_dir, val_dir = data_dir / 'training', data_dir / 'validation'
-    # lexists is true for a link that leads nowhere, too: list_images says what is wrong with it.
-    if os.path.lexists(train_dir) and os.path.lexists(val_dir):
-        classes = class_folders(train_dir)
-        if classes:
-            refuse_unless_classes(classes, train_dir)
-        else:
-            # The photographs lie in training itself.
-            classes = CLASSES
-        train_files = all_labelled(train_dir, classes)
-        val_files = all_labelled(val_dir, classes)
-    else:
-        refuse_misplaced(data_dir)
-        classes = class_folders(data_dir)
-        refuse_unless_classes(classes, data_dir)
-        train_files, val_files = [], []
-        for file, label in all_labelled(data_dir, classes):
-            if is_for_validation(file, data_dir):
-                val_files.append((file, label))
-            else:
-                train_files.append((file, label))
-    refuse_untrained(train_files, val_files, classes)
-    return classes, train_files, val_files
-
-
-def refuse_missing(path):
-    """Raises UserError, with the system's reason, if the system finds nothing at `path`."""
-    try:
-        os.stat(path)
-    except OSError as error:
-        raise UserError(f'cannot read {path.absolute()}: {error.strerror}; {README}') from None
-
-
-def list_images(folder):
-    """The photographs in a folder, and in the folders within it, as sorted Paths.
-
-    Raises UserError if there are none, or if one of the folders cannot be listed.
-    """
-    def refuse_folder(error):
-        raise UserError(f'cannot read the folder {error.filename}: {error.strerror}')
-
-    folder = Path(folder)
-    image_files = []
-    # os.walk, because Path.rglob leaves out what it cannot list.
-    for parent, folders, names in os.walk(folder, onerror=refuse_folder, followlinks=True):
-        # os.walk goes on with the folders that are left in its list.
-        folders[:] = [name for name in folders
-                      if not is_hidden(name) and not leads_back(Path(parent, name), folder)]
-        image_files += [Path(parent, name) for name in names if is_image(name)]
-    if not image_files:
-        raise UserError(f'no photographs in {folder.absolute()}; {README}')
-    # Sorted as texts, as in the book. Windows would sort paths without regard to case.
-    return sorted(image_files, key=Path.as_posix)
-
-
-def is_hidden(name):
-    """Whether a file or folder of this name belongs to the system, and not to a person."""
-    # What such names begin with on Linux, macOS, Synology's disks, and at the top of disks.
-    return name.startswith(('.', '__MACOSX', '@eaDir', 'lost+found', '$RECYCLE.BIN',
-                            'System Volume Information'))
-
-
-def is_image(name):
-    """Whether a file of this name is to be read as a photograph.
-
-    A list of the endings that photographs have would leave out some, and nobody would notice.
-    """
-    # Notes and tables of people, and what Windows leaves behind.
-    other_kinds = ('.csv', '.db', '.ini', '.json', '.md', '.txt')
-    return not is_hidden(name) and not name.lower().endswith(other_kinds)
-
-
-def leads_back(inner, folder):
-    """Whether `inner` is a link that would have photographs read twice (a link into `folder`), or
-    without an end (a link to what holds it, as food-11/training/Egg/link to food-11)."""
-    target = inner.resolve()
-    # A folder that is where its name says is no link.
-    if target == inner.parent.resolve() / inner.name:
-        return False
-    # A link into the folder.
-    if target.is_relative_to(folder.resolve()):
-        return True
-    # A link to what holds one of the folders on the way to it. For food-11/Egg/old/link in food-11,
-    # these are food-11/Egg/old, food-11/Egg and food-11.
-    holders = list(inner.parents)[:len(inner.relative_to(folder).parts)]
-    return any(holder.resolve().is_relative_to(target) for holder in holders)
-
-
-def readable(name):
-    """The name of a file or folder as a text that can be compared, drawn and printed.
-
-    macOS writes é, 김치 and パン with other characters than Windows does: NFC makes them the same.
-    Bytes that are not UTF-8, as in zip files from a Chinese Windows, become \\x and their number.
-    """
-    text = os.fsencode(name).decode(errors='backslashreplace')
-    return unicodedata.normalize('NFC', text)
-
-
-def class_folders(folder):
-    """The sorted names of the folders with photographs in a folder."""
-    return sorted({readable(file.relative_to(folder).parts[0]) for file in list_images(folder)
-                   if file.parent != folder})
-
-
-def labelled_files(folder, classes):
-    """The photographs in a folder as pairs (file, label), sorted by file. The label is None for
-    those that have none, which only --predict of chapter2_2_train.py accepts.
-
-    The label of Egg/17.jpg is the position of Egg in `classes`. That of 3_17.jpg, which lies in no
-    folder, is 3 if the classes are CLASSES. The name must have two numbers: 01-05-2021.jpg has
-    three, and is a date.
-    """
-    files = []
-    for file in list_images(folder):
-        label = None
-        *folders, name = file.relative_to(folder).parts
-        # Without the ending, which may have a number too, as .jp2.
-        numbers = re.findall('[0-9]+', name.removesuffix(file.suffix))
-        if folders:
-            if readable(folders[0]) in classes:
-                label = classes.index(readable(folders[0]))
-        # The book's code expects 3_17.jpg, its text says 3-17.jpg.
-        elif classes == CLASSES and re.match('[0-9]+[_-]', name) and len(numbers) == 2:
-            if int(numbers[0]) < len(classes):
-                label = int(numbers[0])
-        files.append((file, label))
-    return files
-
-
-def all_labelled(folder, classes):
-    """The same as labelled_files, but raises UserError if a photograph has no label."""
-    folder = Path(folder)
-    files = labelled_files(folder, classes)
-    # Of a folder that is no class, the folder is named, and not each photograph in it.
-    unlabelled = sorted({folder / file.relative_to(folder).parts[0]
-                         for file, label in files if label is None})
-    # os.walk lists a link that leads nowhere as a file, also in the place of a class folder. So
-    # first: does each one exist?
-    for path in unlabelled:
-        refuse_missing(path)
-    found = ', '.join(classes[:10])
-    folders = [path for path in unlabelled if os.path.isdir(path)]
-    refuse_files(folders, f'is not one of the class folders ({found}); rename or move it')
-    problem = f'is not in one of the class folders ({found})'
-    if classes == CLASSES:
-        problem += (f', and has no label from 0 to {len(classes) - 1} and a number in its name, as '
-                    '3_17.jpg')
-    refuse_files(unlabelled, f'{problem}; rename or move it')
-    return files
-
-
-def is_for_validation(file, data_dir):
-    """Whether a photograph that nobody has assigned to training or validation is for validation.
-
-    Only its path within the data folder decides, such as Egg/17.jpg: adding or removing other
-    photographs changes nothing.
-    """
-    name = readable(file.relative_to(data_dir).as_posix())
-    # A number that looks random, but is always the same for a name.
-    number = int(hashlib.sha256(name.encode()).hexdigest(), 16)
-    return number % 5 == 4
-
-
-def refuse_misplaced(data_dir):
-    """Raises UserError if another folder was probably meant: not food-11 but food-11/food-11, as a
-    zip file was unpacked into a folder of its own; or not food-11/training but food-11."""
-    here = data_dir.resolve()
-    others = [path.parent for path in (*here.glob('*/training'), *here.glob('*/*/training'))]
-    if here.name in ('training', 'validation'):
-        others.append(here.parent)
-    for folder in others:
-        if os.path.isdir(folder / 'training') and os.path.isdir(folder / 'validation'):
-            raise UserError(f'{here} does not hold the folders training and validation: did you '
-                            f'mean --data-dir "{folder}"?')
-
-
-def refuse_unless_classes(classes, folder):
-    """Raises UserError if there are fewer than two folders with photographs in `folder`, or if two
-    of them are parts of a data set, and not classes: seg_train and seg_test differ in the word for
-    a part only. (A class may be called train, beside bus and car.)"""
-    wanted = ('a data folder holds the folders training and validation, or a folder for each of at '
-              f'least two classes; the folders with photographs in {folder.absolute()}')
-    found = ', '.join(classes[:10]) or 'none'
-    if len(classes) < 2:
-        raise UserError(f'{wanted} are: {found}; {README}')
-    rests = [rest for rest in map(without_part, classes) if rest is not None]
-    # Two equal rests: two parts of the same data set.
-    if len(set(rests)) < len(rests):
-        raise UserError(f'{wanted} are called like parts of a data set: {found}; {README}')
-
-
-def without_part(name):
-    """The words of a folder's name without those for a part of a data set, and without set, data
-    and images: ('seg',) for seg_train and seg_test, () for train_set and 验证集. None if no word is
-    one for a part."""
-    part = ('(train|training|val|valid|validate|validation|test|testing|eval|evaluation|dev|pred|'
-            'labell?ed|unlabell?ed)(set|data|images)?|.*(训练|验证|测试|訓練|驗證|測試).*')
-    words = re.findall('[^0-9_\\W]+', name.lower())
-    rest = [word for word in words if not re.fullmatch(part, word)]
-    if rest == words:
-        return None
-    return tuple(word for word in rest if word not in ('set', 'data', 'images'))
-
-
-def refuse_untrained(train_files, val_files, classes):
-    """Raises UserError if a class is in validation only, or if nothing is for validation."""
-    untrained = {label for _, label in val_files} - {label for _, label in train_files}
-    lacking = [f'training of {classes[label]}' for label in sorted(untrained)]
-    if not val_files:
-        lacking.append('validation')
-    if lacking:
-        raise UserError(f'there are no photographs for {", ".join(lacking[:10])}; add some. Of a '
-                        'folder for each class, about a fifth of the photographs is for '
-                        'validation, unless you divide them into training and validation')
 
 
 # ---- Dataset and transforms ------------------------------------------------------------------
@@ -441,8 +144,8 @@ test_transform = transforms.Compose([
     transforms.PILToTensor(),
 ])
 
-# Not in the book: for --recipe better of chapter2_2_train.py, instead of train_transform. It
-# changes the images much more, so that the network cannot easily learn the photographs by heart.
+# Not in the book: for --recipe better, instead of train_transform. It changes the images much more,
+# so that the network cannot easily learn the photographs by heart.
 better_transform = transforms.Compose([
     transforms.ToPILImage(),
     # A rectangle with 35% to 100% of the area, stretched to the whole size.
@@ -454,149 +157,6 @@ better_transform = transforms.Compose([
 ])
 
 
-# ---- Looking at the data ---------------------------------------------------------------------
-
-def show_sample(axes, train_set, index, title):
-    """The book's sample: an image of a dataset, on matplotlib axes."""
-    img, _ = train_set[index]
-    img = img.permute(1, 2, 0)  # [3, 128, 128] -> [128, 128, 3]
-    img = img.flip(2)           # BGR -> RGB
-    axes.imshow(img.numpy())
-    axes.set_title(title, fontsize=8)
-
-
-def show_classes(figure, train_set, classes):
-    """A grid with a column for each class, at most 20: the class's first image at the top, and
-    under it the same image, augmented four times."""
-    plain_set = ImgDataset(train_set.x, train_set.y, test_transform)
-    rows = [plain_set, train_set, train_set, train_set, train_set]
-    classes = classes[:20]
-    cells = figure.subplots(len(rows), len(classes), squeeze=False)
-    for label, name in enumerate(classes):
-        # Long names are written on several lines.
-        title = f'{label}\n' + name.replace(' ', '\n').replace('-', '-\n')
-        indices = torch.nonzero(train_set.y == label)
-        if len(indices) == 0:
-            cells[0, label].set_title(f'{title}\n(none)', fontsize=8)
-        for row, dataset in enumerate(rows):
-            cells[row, label].set_axis_off()
-            if len(indices) > 0:
-                show_sample(cells[row, label], dataset, indices[0].item(), title)
-            # Only the first row has titles.
-            title = ''
-
-
-def forget_notebooks_backend():
-    """Lets matplotlib choose its backend (what shows pictures) where a notebook's is missing.
-
-    A script that a notebook has started with ! inherits the environment variable MPLBACKEND. If it
-    names what is missing where the script runs, importing matplotlib fails. So this must be called
-    first, and matplotlib is not imported at the top of the scripts.
-    """
-    backend = os.environ.get('MPLBACKEND', '')
-    module = backend.removeprefix('module://').split('.')[0]
-    # inline is a name that older versions do not know.
-    if backend == 'inline' or (backend.startswith('module://') and not find_spec(module)):
-        del os.environ['MPLBACKEND']
-
-
-@contextlib.contextmanager
-def picture_settings():
-    """matplotlib's settings for our pictures. They hold within a with-block."""
-    forget_notebooks_backend()
-    from matplotlib import font_manager, rc_context
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    # For Chinese names of classes and files: those of these fonts that are installed.
-    fonts = ['Microsoft YaHei', 'SimHei', 'PingFang SC', 'Arial Unicode MS', 'Noto Sans CJK SC',
-             'Noto Sans CJK JP', 'WenQuanYi Zen Hei']
-    with rc_context({
-            'font.family': ['sans-serif', *[font for font in fonts if font in installed]],
-            # A $ in the name of a class or a file is a $, and does not begin a formula.
-            'text.parse_math': False}):
-        yield
-
-
-def show_preview(train_set, index, classes, file=None):
-    """Shows a sample and all classes in a window, or writes them into `file` as a picture.
-
-    Where no window can be made, the picture is written into chapter2_1_data.png.
-    """
-    with picture_settings():
-        from matplotlib import pyplot as plt
-        from matplotlib.figure import Figure
-        window = None
-        if file is None:
-            window = make_window()
-        # A figure that is not pyplot's needs no window system.
-        figure = window or Figure()
-        figure.set_size_inches(12.6, 4.6)
-        figure.set_layout_engine('constrained')
-        left, right = figure.subfigures(1, 2, width_ratios=(1, 2.9))
-        label = train_set.y[index].item()
-        title = f'train_set[{index}]\n{label}: {classes[label]}'
-        show_sample(left.subplots(), train_set, index, title)
-        show_classes(right, train_set, classes)
-        if window is not None:
-            # block: also in IPython, where show would return at once.
-            plt.show(block=True)
-            plt.close(window)
-            return
-        file = Path(file or 'chapter2_1_data.png')
-        try:
-            # Without a format, savefig would add .png to a name that has no ending.
-            figure.savefig(file, dpi=100, format=file.suffix[1:] or 'png')
-        except (OSError, ValueError) as error:
-            # ValueError: the name ends in something that is no format of pictures.
-            raise UserError(f'cannot write the picture {file}: {error}') from None
-    print(f'picture written to {readable(file.absolute())}')
-
-
-def make_window():
-    """A matplotlib figure in a window, or None where no window can be made."""
-    from matplotlib import pyplot as plt
-    # What plt.figure raises where no window can be made: ImportError without a display, TclError if
-    # Tk is incomplete. Where there is no Tk at all, there is no TclError to catch either.
-    errors = [ImportError]
-    with contextlib.suppress(ImportError):
-        from tkinter import TclError
-        errors.append(TclError)
-    try:
-        figure = plt.figure()
-    except tuple(errors):
-        return None
-    if figure.canvas.required_interactive_framework is None:
-        # matplotlib has chosen a backend without windows.
-        plt.close(figure)
-        return None
-    return figure
-
-
-def print_counts(train_y, val_y, classes):
-    """Prints how many images of each class there are."""
-    print(f'{"class":<24} training validation')
-    for label, name in enumerate(classes):
-        print(f'{label:>3} {name:<20} {(train_y == label).sum():>8} {(val_y == label).sum():>10}')
-    print(f'{"total":<24} {len(train_y):>8} {len(val_y):>10}')
-    # Other data sets hardly have this class.
-    if 'Dairy product' in classes and (len(train_y), len(val_y)) != (9866, 3430):
-        print('the complete food-11 has 9866 training and 3430 validation photographs')
-
-
-def print_repeated(train_x, train_files, val_x, val_files):
-    """Says how many photographs are both for training and for validation, or have two labels."""
-    first_places = {}
-    repeated = []
-    for part, x, files in (('training', train_x, train_files), ('validation', val_x, val_files)):
-        for img, (file, label) in zip(x, files):
-            first = first_places.setdefault(hash(img.tobytes()), (part, label, file))
-            first_part, first_label, first_file = first
-            if (part, label) != (first_part, first_label):
-                repeated.append(readable(f'{first_file} and {file}'))
-    if repeated:
-        print('note: the same photograph is both for training and for validation, or has two '
-              f'labels: {len(repeated)} times, for example {repeated[0]}')
-
-
 # ---- The script ------------------------------------------------------------------------------
 
 def main(arguments=None):
@@ -605,36 +165,35 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser, data_dir)
-    parser.add_argument('--index', type=int, metavar='N',
-                        help='which training image to show (default: 100)')
-    parser.add_argument('--save', type=os.path.expanduser, metavar='FILE',
-                        help='write the picture into FILE (default: open a window)')
+    parser.add_argument('--recipe', choices=['book', 'better'], default='book',
+                        help='whose augmentation to show: train_transform or better_transform '
+                        '(default: %(default)s)')
+    parser.add_argument('--index', type=int, metavar='N', default=100,
+                        help='which training image to show; the last one if there are fewer '
+                        '(default: %(default)s)')
+    parser.add_argument('--save', type=path_argument, metavar='FILE',
+                        help='write the picture, a PNG, into FILE (default: open a window)')
     args = parser.parse_args(arguments)
-    folder = args.data_dir
     if args.demo:
-        folder = demo_dir
+        args.data_dir = demo_dir
         make_demo()
 
-    classes, train_files, val_files = find_photographs(folder)
+    classes, train_files, val_files = find_photographs(args.data_dir)
     train_x, train_y = readfile(train_files)
     val_x, val_y = readfile(val_files)
-    print(train_x.shape)
+    say(train_x.shape)
     print_counts(train_y, val_y, classes)
     print_repeated(train_x, train_files, val_x, val_files)
 
     train_set = ImgDataset(train_x, train_y, train_transform)
     val_set = ImgDataset(val_x, val_y, test_transform)
+    if args.recipe == 'better':
+        train_set.transform = better_transform
     train_loader = DataLoader(train_set, batch_size=batch_size, shuffle=True)
     val_loader = DataLoader(val_set, batch_size=batch_size, shuffle=False)
-    print(f'batches of {batch_size}: {len(train_loader)} training, {len(val_loader)} validation')
+    say(f'batches of {batch_size}: {len(train_loader)} training, {len(val_loader)} validation')
 
-    index = args.index
-    if index is None:
-        # The book's train_set[100], or the last one if there are fewer.
-        index = min(100, len(train_set) - 1)
-    if index not in range(len(train_set)):
-        raise UserError(f'--index {index}: must be in 0..{len(train_set) - 1}, as there are '
-                        f'{len(train_set)} training images')
+    index = min(max(args.index, 0), len(train_set) - 1)
     show_preview(train_set, index, classes, args.save)
 
 
@@ -642,12 +201,20 @@ def add_data_arguments(parser, default_dir):
     """Adds the arguments that both scripts have. default_dir: data_dir; chapter2_2_train.py gives
     SUPPRESS, because a continued run has saved its own folder."""
     where = parser.add_mutually_exclusive_group()
-    where.add_argument('--data-dir', type=os.path.expanduser, metavar='DIR', default=default_dir,
+    where.add_argument('--data-dir', type=path_argument, metavar='DIR', default=default_dir,
                        help='folder that holds training/ and validation/, or a folder for each '
                        'class; then a fifth of the photographs, chosen by their names, is for '
                        f'validation (default: {data_dir})')
     where.add_argument('--demo', action='store_true',
                        help=f'draw a small food-11 into {demo_dir}, and use it')
+
+
+def path_argument(text):
+    """The type of all arguments that name a file or a folder: makes an absolute path of it."""
+    # An empty path would be the current folder: --data-dir "$FOLDER", and no such variable.
+    if not text:
+        raise argparse.ArgumentTypeError('the path is empty')
+    return os.path.abspath(os.path.expanduser(text))
 
 
 def make_demo():
@@ -657,42 +224,356 @@ def make_demo():
     draw_food11(demo_dir, class_count=len(CLASSES))
 
 
+def print_counts(train_y, val_y, classes):
+    """Prints how many images of each class there are."""
+    say(f'{"class":<24} training validation')
+    for label, name in enumerate(classes):
+        say(f'{label:>3} {name:<20} {(train_y == label).sum():>8} {(val_y == label).sum():>10}')
+    say(f'{"total":<24} {len(train_y):>8} {len(val_y):>10}')
+    if classes == CLASSES and (len(train_y), len(val_y)) != (9866, 3430):
+        say('the complete food-11 has 9866 training and 3430 validation photographs')
+
+
+def print_repeated(train_x, train_files, val_x, val_files):
+    """Says how many of the photographs for validation are for training as well."""
+    trained = {hash(img.tobytes()): file for img, (file, _) in zip(train_x, train_files)}
+    hashes = [hash(img.tobytes()) for img in val_x]
+    repeated = [f'{trained[number]} and {file}'
+                for number, (file, _) in zip(hashes, val_files) if number in trained]
+    if repeated:
+        say('note: the same photograph is both for training and for validation: '
+            f'{len(repeated)} times, for example {repeated[0]}')
+
+
+def show_sample(axes, img, title):
+    """Shows an image of a dataset, such as train_set[100], on matplotlib axes."""
+    if img.is_floating_point():
+        # In the range that it has: after Normalize, that is not 0..1.
+        img = (img - img.min()) / (img.max() - img.min())
+    img = img.permute(1, 2, 0)  # [3, 128, 128] -> [128, 128, 3]
+    img = img.flip(2)           # BGR -> RGB
+    axes.imshow(img.numpy())
+    axes.set(title=title, xticks=[], yticks=[])
+
+
+def show_classes(axes, train_set, classes):
+    """A picture with a column for each of at most 20 classes that have images: at the top the first
+    image of the class, and under it the same image, augmented four times."""
+    plain_set = ImgDataset(train_set.x, train_set.y, test_transform)
+    labels = train_set.y.unique().tolist()[:20]
+    first = [torch.nonzero(train_set.y == label)[0].item() for label in labels]
+    images = [dataset[index][0] for dataset in (plain_set, *[train_set] * 4) for index in first]
+    # Between the images are 8 pixels, as bright as the brightest one in them.
+    brightest = torch.stack(images).max().item()
+    grid = make_grid(images, nrow=len(labels), padding=8, pad_value=brightest)
+    show_sample(axes, grid, '')
+    middles = [4 + (image_size + 8) * (column + 0.5) for column in range(len(labels))]
+    axes.set_xticks(middles, [f'{label} {classes[label]}' for label in labels], rotation=40,
+                    ha='left', rotation_mode='anchor')
+    axes.xaxis.tick_top()
+
+
+def show_preview(train_set, index, classes, file=None):
+    """Shows a sample and all classes in a window, or writes them into `file` as a PNG picture:
+    where no window can be made, into chapter2_1_data.png."""
+    with picture_settings():
+        from matplotlib import pyplot as plt
+        from matplotlib.figure import Figure
+        figure = Figure()
+        if file is None:
+            # Where no window can be made, each of matplotlib's window systems has its own error,
+            # and some of these errors cannot even be imported there.
+            with contextlib.suppress(Exception):
+                figure = plt.figure()
+        figure.set_size_inches(13, 5.5)
+        figure.set_layout_engine('constrained')
+        left, right = figure.subplots(1, 2, width_ratios=(1, 4))
+        img, label = train_set[index]
+        show_sample(left, img, f'train_set[{index}]\n{label}: {classes[label]}')
+        show_classes(right, train_set, classes)
+        # Which window system shows the figure. None: it is no window.
+        if figure.canvas.required_interactive_framework is not None:
+            # block: also in IPython, where show would return at once.
+            plt.show(block=True)
+        else:
+            file = os.path.abspath(file or 'chapter2_1_data.png')
+            figure.savefig(file, format='png')
+            say(f'picture written to {file}')
+        plt.close(figure)
+
+
+@contextlib.contextmanager
+def picture_settings():
+    """matplotlib's settings for our pictures, which hold within a with-block: its defaults, and
+    Chinese characters."""
+    # A script that a notebook has started with ! inherits the notebook's backend. It shows nothing
+    # there, and importing matplotlib fails if it is not installed. So this must come first.
+    if 'inline' in os.environ.get('MPLBACKEND', '') and 'ipykernel' not in sys.modules:
+        del os.environ['MPLBACKEND']
+    from matplotlib import font_manager, style
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    # For Chinese names of classes and files: those of these fonts that are installed.
+    fonts = ['Microsoft YaHei', 'SimHei', 'PingFang SC', 'Arial Unicode MS', 'Noto Sans CJK SC',
+             'Noto Sans CJK JP', 'WenQuanYi Zen Hei']
+    ours = {'font.family': ['sans-serif', *[font for font in fonts if font in installed]],
+            # A $ in the name of a class or a file is a $, and does not begin a formula.
+            'text.parse_math': False}
+    with style.context(['default', ours]):
+        yield
+
+
+# ---- Not in the book: the data folder --------------------------------------------------------
+
+ADVICE = ('food-11/README.md says where to get photographs, and how to arrange them; --demo draws '
+          'some')
+NO_IMAGE = 'cannot be read as an image; repair, rename or delete it'
+
+# How names begin that Linux, macOS, Windows and Synology's disks give, and not a person.
+HIDDEN = ('.', '__MACOSX', '@eaDir', 'lost+found', '$RECYCLE.BIN', 'System Volume Information')
+
+# How the names of other things end that lie among photographs, the picture of this script as well.
+# A list of the endings that photographs have would leave out some, and nobody would notice.
+NO_PHOTOGRAPHS = ('.csv', '.json', '.md', '.txt', '.zip', '.avi', '.mov', '.mp4', '.aae', '.xmp',
+                  '.db', '.ini', 'icon\r', 'chapter2_1_data.png')
+
+# What the names of the parts of a data set have in them, in lower case.
+PART_WORDS = ('train', 'val', 'test', 'dev', 'pred', 'label', '训练', '验证', '测试', '訓練',
+              '驗證', '測試')
+
+
+def find_photographs(folder):
+    """Finds the photographs in a data folder such as ./food-11. It holds either
+
+    - training and validation, with photographs whose names begin with the label, as 3_17.jpg;
+    - training and validation, with a folder for each class in both; or
+    - a folder for each class. Then about a fifth of the photographs is for validation: which ones,
+      depends on their names.
+
+    Returns classes, the names of the labels 0, 1, ...; and train_files and val_files, sorted lists
+    of pairs (file, label). Raises UserError if the folder holds something else.
+    """
+    folder = Path(folder).absolute()
+    parts = find_parts(folder)
+    if parts is not None:
+        train_dir, val_dir = parts
+        train_images, val_images = list_images(train_dir), list_images(val_dir)
+        # If the photographs lie in training itself, the classes are those of food-11.
+        classes = class_names(train_images, train_dir) or CLASSES
+        train_files = labelled_files(train_images, train_dir, classes)
+        val_files = labelled_files(val_images, val_dir, classes)
+    else:
+        images = list_images(folder)
+        classes = class_names(images, folder)
+        refuse_unless_classes(classes, folder)
+        files = labelled_files(images, folder, classes)
+        train_files = [pair for pair in files if not is_for_validation(pair[0], folder)]
+        val_files = [pair for pair in files if is_for_validation(pair[0], folder)]
+
+    untrained = {label for _, label in val_files} - {label for _, label in train_files}
+    lacking = [f'training of {classes[label]}' for label in sorted(untrained)]
+    if not val_files:
+        lacking.append('validation')
+    if len(classes) < 2:
+        lacking.append('a second class')
+    if lacking:
+        raise UserError(f'{folder} has no photographs for {", ".join(lacking)}; {ADVICE}')
+    return classes, train_files, val_files
+
+
+def find_parts(folder):
+    """The folders for training and for validation in a data folder, or None if one is missing."""
+    train_dirs = [folder / name for name in ('training', 'train') if os.path.isdir(folder / name)]
+    val_dirs = [folder / name for name in ('validation', 'val', 'valid')
+                if os.path.isdir(folder / name)]
+    if train_dirs and val_dirs:
+        return train_dirs[0], val_dirs[0]
+    return None
+
+
+def list_images(folder):
+    """The photographs in a folder, and in the folders within it, as sorted Paths.
+
+    Links are followed, but no folder is listed twice, however many links lead to it. Raises OSError
+    if a folder cannot be listed.
+    """
+    image_files, listed = [], set()
+    # The list grows in the loop: the folders within a folder come after all that are as high as it.
+    # So a folder is listed in its own place, and not in that of a link which lies deeper.
+    folders = [Path(folder)]
+    for parent in folders:
+        names = os.listdir(parent)
+        # A folder with a last.pt is that of a run, and holds no photographs.
+        if parent.resolve() in listed or 'last.pt' in names:
+            continue
+        listed.add(parent.resolve())
+        for name in sorted(names):
+            if name.startswith(HIDDEN):
+                continue
+            if os.path.isdir(parent / name):
+                folders.append(parent / name)
+            elif not name.lower().endswith(NO_PHOTOGRAPHS):
+                image_files.append(parent / name)
+    # Sorted as texts, as in the book. Windows would sort paths without regard to case.
+    return sorted(image_files, key=Path.as_posix)
+
+
+def class_names(image_files, folder):
+    """The sorted names of the folders in `folder` that these photographs are in."""
+    names = sorted({as_text(file.relative_to(folder).parts[0])
+                    for file in image_files if file.parent != folder})
+    if all(name.isdecimal() for name in names):
+        # So that 10 comes after 9.
+        names.sort(key=int)
+    return names
+
+
+def label_of(file, folder, classes):
+    """The label of a photograph in `folder`, or None. That of Egg/17.jpg is the position of Egg in
+    `classes`. If the classes are CLASSES, that of 3_17.jpg, which is in no folder, is 3."""
+    *folders, _ = file.relative_to(folder).parts
+    if folders and as_text(folders[0]) in classes:
+        return classes.index(as_text(folders[0]))
+    # The book's code expects 3_17.jpg, its text says 3-17.jpg. 01-05-2021.jpg is a date.
+    numbers = re.fullmatch('([0-9]+)[_-][0-9]+[^0-9]*', file.stem)
+    if not folders and classes == CLASSES and numbers and int(numbers[1]) < len(classes):
+        return int(numbers[1])
+    return None
+
+
+def labelled_files(image_files, folder, classes):
+    """The photographs in `folder` as pairs (file, label). Raises UserError if one has no label."""
+    files = [(file, label_of(file, folder, classes)) for file in image_files]
+    # Of a folder that is no class, the folder is named, and not each photograph in it.
+    unlabelled = {Path(folder, file.relative_to(folder).parts[0])
+                  for file, label in files if label is None}
+    refuse_files(unlabelled, f'has no label: it is neither in the folder of a class '
+                 f'({", ".join(classes[:11])}) nor, for food-11, named as 3_17.jpg with a label '
+                 'from 0 to 10; rename, move or delete it')
+    return files
+
+
+def is_for_validation(file, folder):
+    """Whether a photograph that nobody has assigned to training or validation is for validation.
+
+    Only its path within the data folder decides, such as Egg/17.jpg: adding or removing other
+    photographs changes nothing.
+    """
+    name = as_text(file.relative_to(folder).as_posix())
+    # A number that looks random, but is always the same for a name.
+    number = int(hashlib.sha256(name.encode()).hexdigest(), 16)
+    return number % 5 == 4
+
+
+def refuse_unless_classes(classes, folder):
+    """Raises UserError if the folders with photographs in `folder`, which are called `classes`, are
+    no classes: if there are fewer than two, if all are called like parts of a data set, or if
+    another folder was probably meant."""
+    # food-11 instead of food-11/training; or food-11/food-11, as a zip file was unpacked there.
+    meant = [other for other in sorted(folder.iterdir()) if find_parts(other)]
+    if folder in (find_parts(folder.parent) or ()):
+        meant.append(folder.parent)
+    are_parts = all(any(word in name.lower() for word in PART_WORDS) for name in classes)
+    if meant or len(classes) < 2 or are_parts:
+        advice = ADVICE
+        if meant:
+            advice = f'did you mean --data-dir "{meant[0]}"?'
+        found = ', '.join(classes) or 'none'
+        raise UserError(f'{folder} holds neither training and validation nor a folder for each of '
+                        f'at least two classes (folders with photographs: {found}); {advice}')
+
+
+def as_text(name):
+    """The name of a file or folder as a text that can be compared, drawn and printed.
+
+    macOS writes é, 김치 and パン with other characters than Windows does: NFC makes them the same.
+    Bytes that are not UTF-8, as in zip files from a Chinese Windows, become \\x and their number.
+    """
+    text = os.fsencode(name).decode(errors='backslashreplace')
+    return unicodedata.normalize('NFC', text)
+
+
+# ---- Not in the book: threads, messages, signals ---------------------------------------------
+
+def in_threads(function, items, title):
+    """Calls function(item) for each item, in eight threads, with a progress bar. Raises what a call
+    has raised."""
+    # Threads are enough, as OpenCV lets other threads run while it decodes. Eight, because each
+    # holds a whole photograph in memory.
+    threads = ThreadPoolExecutor(8)
+    try:
+        calls = [threads.submit(function, item) for item in items]
+        for call in progress_bar(calls, title):
+            call.result()
+    finally:
+        # After an error or Ctrl-C, only the calls that have begun are waited for.
+        threads.shutdown(cancel_futures=True)
+
+
+def progress_bar(items, title):
+    """The items, with tqdm's progress bar on a terminal or in a notebook, but not in a file."""
+    # IDLE's window, which cannot show a bar, and pythonw's None are no TextIOWrapper.
+    on_terminal = isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr.isatty()
+    # Jupyter, Spyder and VS Code run Python in an ipykernel.
+    in_notebook = 'ipykernel' in sys.modules
+    return tqdm(items, title, leave=False, disable=not on_terminal and not in_notebook)
+
+
+class UserError(Exception):
+    """What the user can put right: the scripts print its message, and no traceback."""
+
+
+def refuse_files(files, problem):
+    """Raises UserError if there are files (or folders) with a problem, and names all of them.
+    problem: what follows a file's name in a sentence."""
+    paths = sorted(os.path.abspath(file) for file in files)
+    if len(paths) == 1:
+        raise UserError(f'{paths[0]} {problem}')
+    if paths:
+        # One a line, so that another program can use the list.
+        raise UserError('\n'.join([f'each of these {len(paths)} {problem}:', *paths]))
+
+
+def say(line, file=None):
+    """Prints a line on stdout, or on `file`. Where it cannot be printed, as on a full disk or after
+    `| head`, the script goes on."""
+    with contextlib.suppress(OSError):
+        print(as_text(str(line)), file=file, flush=True)
+
+
 def run_script(main):
-    """Calls the main function of a script. A mistake of the user ends in a message on stderr."""
+    """Calls the main function of a script. What a user can put right ends in a line on stderr."""
     # If stdout goes into a file on Windows, its encoding may lack characters of a path. In IDLE,
     # Spyder and notebooks it is another object, in pythonw it is None.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')
+    # OpenCV's own warnings do not say which file they are about. setLogLevel is in
+    # cv2.utils.logging (OpenCV 5) or in cv2 (OpenCV 4).
+    getattr(cv2.utils, 'logging', cv2).setLogLevel(0)
+    # SIGTERM, with which systems end a program, does what Ctrl-C does.
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            # A shell has what it starts in the background ignore Ctrl-C.
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, interrupt)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except UserError as error:
-        sys.exit(f'error: {readable(str(error))}')
+        sys.exit(as_text(f'error: {error}'))
     except (MemoryError, torch.OutOfMemoryError) as error:
-        reason = [type(error).__name__, *str(error).splitlines()][:2]
-        sys.exit('error: too little memory; in training, a smaller --batch-size needs less '
-                 f'({": ".join(reason)})')
+        reason = str(error).partition('\n')[0]
+        sys.exit('error: too little memory; in training, a smaller --batch-size needs less. '
+                 f'{type(error).__name__}: {reason}')
+    except OSError as error:
+        # An error about no file is a mistake in the script, and keeps its traceback.
+        if error.filename is None:
+            raise
+        sys.exit(as_text(f'error: {os.path.abspath(error.filename)}: {error.strerror}'))
     except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
+        say('interrupted', sys.stderr)
         sys.exit(130)  # the usual status after Ctrl-C
-
-
-def interrupt(number, frame):
-    """What Ctrl-C does, and SIGTERM, with which systems end a program: raises KeyboardInterrupt."""
-    if time.monotonic() >= interrupted_until:
-        ignore_interruptions()
-        raise KeyboardInterrupt
-
-
-def ignore_interruptions():
-    """Lets Ctrl-C and SIGTERM do nothing for ten seconds: another one would lose the line that says
-    how to continue."""
-    global interrupted_until
-    interrupted_until = time.monotonic() + 10
+    finally:
+        try:
+            print(end='', flush=True)
+        except OSError:
+            # What `say` could not print is still there. Python would complain about it at its end.
+            sys.stdout = None
 
 
 if __name__ == '__main__':

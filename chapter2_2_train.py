@@ -25,15 +25,13 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
-import struct
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import zipfile
-import zlib
 from collections import ChainMap
 from pathlib import Path
 
@@ -42,14 +40,14 @@ import torch
 from filelock import FileLock, Timeout
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchvision.transforms.functional import convert_image_dtype
 
-from chapter2_1_data import (NO_IMAGE, ImgDataset, UserError, add_data_arguments, batch_size,
-                             better_transform, core_count, data_dir, demo_dir, find_photographs,
-                             ignore_interruptions, image_size, in_threads, is_hidden,
-                             labelled_files, make_demo, picture_settings, progress_bar, read_image,
-                             readable, readfile, refuse_files, run_script, test_transform,
+from chapter2_1_data import (NO_IMAGE, ImgDataset, UserError, add_data_arguments, as_text,
+                             batch_size, better_transform, data_dir, demo_dir, find_parts,
+                             find_photographs, image_size, in_threads, is_for_validation, label_of,
+                             list_images, make_demo, path_argument, picture_settings, progress_bar,
+                             read_image, readfile, refuse_files, run_script, say, test_transform,
                              train_transform)
 
 num_epoch = 100
@@ -62,11 +60,13 @@ book_options = {'data_dir': data_dir, 'recipe': 'book', 'epochs': num_epoch,
 # The demo has few images. With the book's options its accuracy jumps up and down.
 demo_options = {'epochs': 5, 'batch_size': 16, 'lr': 0.0001}
 
-# Seeds go from 0 to this. The loop in train_run makes a different number of each seed and epoch.
-max_seed = 999_999
-
 # How often a run is saved, in seconds, if an epoch does not take longer.
 save_seconds = 60
+
+# torchrun starts several processes, which train together, and numbers them from 0.
+rank, world_size = 0, 1
+if distributed.is_torchelastic_launched():
+    rank, world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
 
 
 # ---- The network (section 2.3) ---------------------------------------------------------------
@@ -203,7 +203,7 @@ def accuracy_and_loss(correct, loss_sum, image_count):
     """
     # One tensor for all three, so that one all_reduce can add them up over all processes.
     totals = torch.stack([correct, loss_sum, torch.full_like(correct, image_count)])
-    if distributed.is_initialized():
+    if world_size > 1:
         distributed.all_reduce(totals)
     total_correct, total_loss, total_images = totals.tolist()
     return total_correct / total_images, total_loss / total_images
@@ -257,23 +257,23 @@ def main(arguments=None):
         use_run(args, device)
         return
 
-    # torchrun starts several processes, which train together.
-    join_processes(device)
-    if args.demo and rank() == 0:
+    if world_size > 1:
+        distributed.init_process_group(distributed.get_default_backend_for_device(device))
+    if args.demo and rank == 0:
         make_demo()
     # checkpoint: the state of a run that is continued, or None.
     with open_run(args.out, args.resume) as (folder, checkpoint):
         options = choose_options(args, checkpoint)
         dtype = pick_precision(device, options.no_amp)
         workers = pick_workers(options.workers, device)
-        say(f'device {device_name(device)}, precision {str(dtype).removeprefix("torch.")}, '
-            f'loader workers {workers}, processes {world_size()}')
-        say(f'the folder of the run is {folder}')
-        if options.recipe == 'better':
-            say('recipe better: its training accuracy and loss are those of strongly augmented '
-                'images, and label smoothing makes this loss larger still')
+        note(f'device {device_name(device)}, precision {str(dtype).removeprefix("torch.")}, '
+             f'loader workers {workers}, processes {world_size}')
+        note(f'the folder of the run is {folder}')
         train_run(options, device, dtype, workers, folder, checkpoint)
-    leave_processes()
+    if world_size > 1:
+        # Without this pause, PyTorch 2.6 sometimes waits for itself forever.
+        time.sleep(1)
+        distributed.destroy_process_group()
 
 
 def train_run(options, device, dtype, workers, folder, checkpoint):
@@ -283,64 +283,72 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
     options: what choose_options returns. dtype: the precision. workers: loader workers.
     folder: where the run is saved. checkpoint: the state of a run that is continued, or None.
     """
-    # With several processes, each has a share of a batch, and a part of the images.
-    own_batch_size = share_of_batch(options.batch_size)
-
-    # The data (section 2.2)
+    # The data (section 2.2). With several processes, each trains on its share of the photographs,
+    # with its share of a batch. The shares are equal, so that all take as many training steps.
     classes, train_files, val_files = find_photographs(options.data_dir)
-    say(f'{len(classes)} classes, {len(train_files)} photographs for training, '
-        f'{len(val_files)} for validation')
-    train_x, train_y = readfile(train_files)
+    note(f'{len(classes)} classes, {len(train_files)} photographs for training, '
+         f'{len(val_files)} for validation')
+    shared = len(train_files) // world_size * world_size
+    train_x, train_y = readfile(train_files[rank:shared:world_size])
     val_x, val_y = readfile(val_files)
     train_set = ImgDataset(train_x, train_y, train_transform)
-    val_set = ImgDataset(val_x, val_y, test_transform)
+    val_set = ImgDataset(val_x[rank::world_size], val_y[rank::world_size], test_transform)
     if options.recipe == 'better':
         train_set.transform = better_transform
     # Pinned memory is memory from which a CUDA GPU can copy faster. Workers that are persistent
     # are started once, and not in every epoch.
-    loader_options = {'num_workers': workers, 'persistent_workers': workers > 0,
-                      'pin_memory': device.type == 'cuda'}
-    # same_size: so that all processes take the same number of training steps.
-    train_loader = DataLoader(own_part(train_set, same_size=True), batch_size=own_batch_size,
-                              shuffle=True, **loader_options)
-    val_loader = DataLoader(own_part(val_set), batch_size=own_batch_size, shuffle=False,
-                            **loader_options)
+    loader_options = {'batch_size': options.batch_size // world_size, 'num_workers': workers,
+                      'persistent_workers': workers > 0, 'pin_memory': device.type == 'cuda'}
+    train_loader = DataLoader(train_set, shuffle=True, **loader_options)
+    val_loader = DataLoader(val_set, shuffle=False, **loader_options)
+    if len(train_loader) < 8:
+        note(f'an epoch has only {len(train_loader)} training steps: with so few photographs, '
+             '--batch-size 16 --lr 0.0001 trains better')
 
     # The network (section 2.3)
     torch.manual_seed(options.seed)
     model = make_model(len(classes), device)
     loss = nn.CrossEntropyLoss().to(device)
+    # fused: updates all weights at once, which is faster.
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
     # The better recipe has another loss, but only for training: so validation can be compared.
-    if options.recipe == 'book':
-        training_loss = loss
-        # fused: updates all weights at once, which is faster.
-        optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
-    else:
+    training_loss = loss
+    if options.recipe == 'better':
         training_loss, optimizer = better_loss_and_optimizer(model, options.lr, device)
 
     # Not in the book: computing with 16 bits, and the state of a run that is continued.
     autocast, scaler = mixed_precision(device, dtype)
-    checksums = {'training': checksum(train_files, options.data_dir),
-                 'validation': checksum(val_files, options.data_dir)}
     history, best_acc, best_epoch, best_model = [], -1, None, None
     if checkpoint is not None:
+        history, best_epoch = checkpoint['history'], checkpoint['best_epoch']
+        best_model = checkpoint['best_model']
         # The path is for error messages only.
-        restore(model, optimizer, scaler, checkpoint, folder / 'last.pt', classes)
-        say(f'resumed from epoch {len(checkpoint["history"])} in {folder}')
-        # If other photographs are for validation now, this changes what the best epoch is.
-        adapt_to_photographs(checkpoint, checksums)
-        history, best_acc = checkpoint['history'], checkpoint['best_acc']
-        best_epoch, best_model = checkpoint['best_epoch'], checkpoint['best_model']
+        load_weights(model, checkpoint, folder / 'last.pt', classes)
+        load_optimizer(optimizer, scaler, checkpoint, folder / 'last.pt')
+        note(f'resumed from epoch {len(history)} in {folder}')
+        # The best epoch is measured again, as other photographs may be for validation now.
+        model.load_state_dict(best_model)
+        best_acc, _ = evaluate(model, val_loader, loss, autocast)
+        model.load_state_dict(checkpoint['model'])
+        best_acc_then = history[best_epoch - 1]['val_acc']
+        if best_acc != best_acc_then:
+            note(f'the validation accuracy of the best epoch is {best_acc:.6f} now, and was '
+                 f'{best_acc_then:.6f}: the photographs, the device or the precision are others')
+    if len(history) >= options.epochs:
+        note(f'all {options.epochs} epochs are done; --epochs N trains longer')
 
-    # The training (section 2.4). With several processes, the network is wrapped.
-    parallel_model = parallel(model)
+    # The training (section 2.4). With several processes, backward() averages their gradients.
+    parallel_model = model
+    if world_size > 1:
+        parallel_model = DistributedDataParallel(model)
+    state = checkpoint
     saved_time = time.monotonic()
     for epoch in range(len(history) + 1, options.epochs + 1):
         start_time = time.perf_counter()
         title = f'[{epoch:03d}/{options.epochs:03d}]'
         # An epoch's random numbers depend on its number: so a resumed run gets the same ones as a
         # run without interruption. (Not with loader workers, which have their own.)
-        torch.manual_seed(options.seed + (max_seed + 1) * (epoch * world_size() + rank()))
+        torch.manual_seed(options.seed + 1_000_000 * (epoch * world_size + rank))
         # A learning-rate schedule. As it is computed from `epoch`, it needs nothing from a
         # checkpoint.
         if options.recipe == 'better':
@@ -349,60 +357,57 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
 
         train_acc, train_loss = train_epoch(parallel_model, progress(train_loader, title),
                                             training_loss, optimizer, autocast, scaler)
-        # With several processes, their batch norm may differ. (With one, this does nothing.)
-        share_batch_norm(model)
+        if world_size > 1:
+            # The batch norm of each process has seen other images: that of process 0 is kept.
+            for buffer in model.buffers():
+                distributed.broadcast(buffer, 0)
         val_acc, val_loss = evaluate(model, progress(val_loader, f'{title} validation'),
                                      loss, autocast)
 
         seconds = time.perf_counter() - start_time
-        if rank() == 0:
-            print(f'{title} {seconds:.2f} sec(s) Train Acc: {train_acc:.6f} '
-                  f'Loss: {train_loss:.6f} | Val Acc: {val_acc:.6f} loss: {val_loss:.6f}',
-                  flush=True)
+        if rank == 0:
+            say(f'{title} {seconds:.2f} sec(s) Train Acc: {train_acc:.6f} '
+                f'Loss: {train_loss:.6f} | Val Acc: {val_acc:.6f} loss: {val_loss:.6f}')
         # Not in the book: the history, the best epoch, and all that is saved.
         if not math.isfinite(train_loss + val_loss):
             raise UserError('the loss is not a finite number: give a lower --lr, or --no-amp if '
-                            'the precision was not float32, to a new run or to this one: '
-                            f'--out "{folder}" --resume')
+                            'the precision was not float32, to a new run, or to this one when '
+                            'you continue it')
         # A row of history.csv; more columns can be added.
         history.append({'epoch': epoch, 'seconds': seconds, 'train_acc': train_acc,
                         'train_loss': train_loss, 'val_acc': val_acc, 'val_loss': val_loss})
         if val_acc > best_acc:
             best_acc, best_epoch = val_acc, epoch
             best_model = copy.deepcopy(model.state_dict())
-        checkpoint = {'model': model.state_dict(), 'best_model': best_model,
-                      'optimizer': optimizer.state_dict(),
-                      'optimizer_kind': type(optimizer).__name__, 'scaler': scaler.state_dict(),
-                      'history': history, 'best_acc': best_acc, 'best_epoch': best_epoch,
-                      'checksums': checksums,
-                      'options': {name: getattr(options, name) for name in book_options},
-                      # What must be the same when the weights are used again:
-                      'required': requirements(model, classes)}
-        if time.monotonic() - saved_time >= save_seconds:
-            save_run(folder, checkpoint)
+        state = {'model': model.state_dict(), 'best_model': best_model, 'best_epoch': best_epoch,
+                 'optimizer': optimizer.state_dict(), 'optimizer_kind': type(optimizer).__name__,
+                 'scaler': scaler.state_dict(), 'history': history,
+                 'options': {name: getattr(options, name) for name in book_options},
+                 # What must be the same when the weights are used again:
+                 'required': requirements(model, classes)}
+        if epoch == 1 or time.monotonic() - saved_time >= save_seconds:
             saved_time = time.monotonic()
+            try:
+                save_run(folder, state)
+            except UserError as error:
+                note(f'{error}; the next saving makes up for it')
 
     # Not in the book: what the best epoch's weights have learned. If there was nothing to train,
-    # checkpoint is still the one that the run was continued from.
-    if rank() == 0:
-        is_saved = save_run(folder, checkpoint)
+    # the state is still that of the checkpoint.
+    save_run(folder, state)
+    if rank == 0:
         model.load_state_dict(best_model)
         probabilities = predict_probabilities(model, val_x, options.batch_size, autocast)
         counts = count_predictions(val_y, probabilities)
         print_accuracies(counts, classes, 'with the best weights')
-        write_figure(folder / 'confusion.png', draw_confusion, counts, classes)
-        write_figure(folder / 'mistakes.png', draw_mistakes, val_x, val_files, probabilities,
-                     classes)
-        # Now that there is nothing else to do:
-        if not is_saved:
-            raise UserError('the end of the run is not saved completely: close the program that '
-                            f'uses its files, and give --out "{folder}" --resume')
+        with picture_settings():
+            write(folder / 'confusion.png', draw_confusion(counts, classes))
+            write(folder / 'mistakes.png', draw_mistakes(val_x, val_files, probabilities, classes))
 
 
 # ----------------------------------------------------------------------------------------------
 # The book's chapter ends here. The rest makes the script fast, safe to run unattended, and useful
-# after the training: command line, hardware, several processes, the run's folder, pictures,
-# prediction, dreams.
+# after the training: command line, hardware, the run's folder, pictures, prediction, dreams.
 # ----------------------------------------------------------------------------------------------
 
 
@@ -414,45 +419,44 @@ def parse_arguments(arguments):
     # --help begins with the text at the top of this file.
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    absent, demo, better = argparse.SUPPRESS, demo_options, better_options
-    add_data_arguments(parser, absent)
-    parser.add_argument('--recipe', choices=['book', 'better'], default=absent,
+    add_data_arguments(parser, argparse.SUPPRESS)
+    parser.add_argument('--recipe', choices=['book', 'better'], default=argparse.SUPPRESS,
                         help="how to train: as the book does, or with better's augmentation, batch "
                         'size, loss, optimizer and learning rates (default: book)')
-    parser.add_argument('--epochs', type=int, metavar='N', default=absent,
+    parser.add_argument('--epochs', type=int, metavar='N', default=argparse.SUPPRESS,
                         help='how many times to train on all training images '
-                        f'(default: {num_epoch}; with --demo {demo["epochs"]})')
-    parser.add_argument('--batch-size', type=int, metavar='N', default=absent,
-                        help='images in a training step, of all processes together '
-                        f'(default: {batch_size}; with --recipe better {better["batch_size"]}; '
-                        f'with --demo {demo["batch_size"]})')
-    parser.add_argument('--lr', type=float, metavar='X', default=absent,
+                        f'(default: {num_epoch}; with --demo {demo_options["epochs"]})')
+    parser.add_argument('--batch-size', type=int, metavar='N', default=argparse.SUPPRESS,
+                        help='images in a training step, of all processes together (default: '
+                        f'{batch_size}; with --recipe better {better_options["batch_size"]}; '
+                        f'with --demo {demo_options["batch_size"]})')
+    parser.add_argument('--lr', type=float, metavar='X', default=argparse.SUPPRESS,
                         help='learning rate; with --recipe better, the highest one '
-                        f'(default: {learning_rate}; with --demo {demo["lr"]})')
-    parser.add_argument('--seed', type=int, metavar='N', default=absent,
+                        f'(default: {learning_rate}; with --demo {demo_options["lr"]})')
+    parser.add_argument('--seed', type=int, metavar='N', default=argparse.SUPPRESS,
                         help='on the CPU, a run with the same seed gives the same results '
                         f'(default: {book_options["seed"]})')
-    parser.add_argument('--no-amp', action='store_true', default=absent,
+    parser.add_argument('--no-amp', action='store_true', default=argparse.SUPPRESS,
                         help='no automatic mixed precision: compute with 32 bits (default: with '
                         '16 bits where that is faster)')
     parser.add_argument('--workers', type=int, metavar='N',
                         help='processes that prepare training batches, and as many for validation; '
                         '0: the training process does it (default: for a GPU the number of CPU '
-                        'cores, at most 8, on Windows 2; on the CPU 0)')
+                        'cores, at most 8, on Windows and macOS 2; on the CPU 0)')
     parser.add_argument('--device', metavar='NAME',
                         help='cuda, cuda:1, mps, xpu or cpu (default: a GPU if PyTorch finds one)')
-    parser.add_argument('--out', type=os.path.expanduser, metavar='DIR',
+    parser.add_argument('--out', type=path_argument, metavar='DIR',
                         help="the run's folder (default: the next of runs/001, runs/002, ...)")
     parser.add_argument('--resume', action='store_true',
                         help='continue the run in --out, or start it if there is none yet')
-    parser.add_argument('--predict', nargs='+', type=os.path.expanduser, metavar='PATH',
+    parser.add_argument('--predict', nargs='+', type=path_argument, metavar='PATH',
                         help='predict the classes of photographs with the run in --out; for a '
-                        'folder, write them into predict.csv, and print the accuracy if the '
-                        'photographs are named or arranged like those for training')
+                        'folder, write them into predict.csv and predict_names.csv, and print the '
+                        'accuracy if the photographs are named or arranged like those for training')
     parser.add_argument('--dreams', action='store_true',
                         help='write dreams.png: what the classes look like to the network of the '
                         'run in --out')
-    parser.add_argument('--features', type=os.path.expanduser, metavar='PHOTO',
+    parser.add_argument('--features', type=path_argument, metavar='PHOTO',
                         help='write features.png: the strongest feature maps of each block of the '
                         'network of the run in --out, for a photograph')
     parser.add_argument('--checkpoint', default='best.pt', metavar='NAME',
@@ -462,15 +466,11 @@ def parse_arguments(arguments):
     if args.out is None and (args.resume or args.predict or args.dreams or args.features):
         parser.error('--resume, --predict, --dreams and --features need the folder of a run: '
                      '--out DIR')
-    if args.out == '':
-        parser.error('--out has no name of a folder after it')
-    limits = {'epochs': (1, 10**9), 'batch_size': (1, 10**9), 'lr': (0, 1), 'seed': (0, max_seed),
-              'workers': (0, 1000)}
-    for name, (low, high) in limits.items():
+    for name, lowest in {'epochs': 1, 'batch_size': 1, 'lr': 0, 'seed': 0, 'workers': 0}.items():
         value = getattr(args, name, None)
         # Written with "not", so that nan is refused as well.
-        if value is not None and not low <= value <= high:
-            parser.error(f'--{name.replace("_", "-")} {value}: must be in {low}..{high}')
+        if value is not None and not value >= lowest:
+            parser.error(f'--{name.replace("_", "-")} {value}: must be at least {lowest}')
     if args.demo:
         args.data_dir = demo_dir
     return args
@@ -479,7 +479,7 @@ def parse_arguments(arguments):
 def choose_options(args, checkpoint=None):
     """The options of a run: those that are typed, or else those that the run has saved, or else
     those of the demo, of the better recipe, or of the book. (No option switches a saved --no-amp
-    off.)"""
+    off.) Raises UserError if the processes cannot share a batch."""
     # Each map is asked only if those before it do not have an option.
     options = ChainMap(vars(args))
     if checkpoint is not None:
@@ -492,7 +492,23 @@ def choose_options(args, checkpoint=None):
     chosen = argparse.Namespace(**options)
     # The run may be continued from a different current folder.
     chosen.data_dir = os.path.abspath(chosen.data_dir)
+    if chosen.batch_size % world_size != 0:
+        raise UserError(f'{world_size} processes cannot share batches of {chosen.batch_size} '
+                        'images equally: choose a different --batch-size or --nproc-per-node')
     return chosen
+
+
+def note(message):
+    """Prints a message on stderr. If there are several processes, process 0 does."""
+    if rank == 0:
+        say(message, sys.stderr)
+
+
+def progress(batches, title):
+    """The batches, with a progress bar that only process 0 shows."""
+    if rank > 0:
+        return batches
+    return progress_bar(batches, title)
 
 
 # ---- Hardware --------------------------------------------------------------------------------
@@ -502,27 +518,26 @@ def pick_device(name):
 
     Raises UserError if PyTorch cannot use the device here.
     """
-    found = 'cpu'
-    if torch.accelerator.is_available():
-        found = torch.accelerator.current_accelerator().type
-    name = name or found
+    if name is None:
+        name = 'cpu'
+        if torch.accelerator.is_available():
+            name = torch.accelerator.current_accelerator().type
     if name == 'cuda':
         # Each of the processes that torchrun starts on a machine gets a GPU of its own.
         name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
-    problem = f'PyTorch {torch.__version__} cannot use the device {name} here'
-    cure = 'see .github/install.md. --device cpu always works'
     try:
         device = torch.device(name)
-        if device.type not in ('cpu', found):
-            # Asked all the same, PyTorch would answer with anything, even an AttributeError.
-            raise UserError(f'{problem}: it finds no such device; {cure}')
         if device.type == 'cuda':
             # Otherwise PyTorch would take some memory on GPU 0 as well.
             torch.cuda.set_device(device)
         # Some devices fail only when they have to compute something.
         torch.ones(1, device=device).item()
-    except RuntimeError as error:
-        raise UserError(f'{problem}: {str(error).splitlines()[0]}; {cure}') from None
+    except Exception as error:
+        # Asked for a device that it has not been built for, PyTorch raises anything, even an
+        # AttributeError or an AssertionError.
+        reason = str(error).partition('\n')[0][:200]
+        raise UserError(f'PyTorch {torch.__version__} cannot use the device {name} here: {reason}; '
+                        'see .github/install.md. --device cpu always works') from None
     return device
 
 
@@ -575,106 +590,14 @@ def pick_workers(wanted, device):
     if device.type == 'cpu':
         # The cores are needed for the network.
         return 0
-    if sys.platform == 'win32':
-        # On Windows each worker reserves gigabytes of the page file.
+    if sys.platform in ('win32', 'darwin'):
+        # There, each worker has a PyTorch of its own: hundreds of MB of memory, and on Windows
+        # gigabytes of the page file.
         return 2
+    # Slurm and Docker may allow fewer cores than there are.
+    cores = len(os.sched_getaffinity(0))
     processes_here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    return min(core_count() // processes_here, 8)
-
-
-# ---- Several processes, started by torchrun --------------------------------------------------
-
-def join_processes(device):
-    """Connects the processes that torchrun has started. Without torchrun, does nothing."""
-    if distributed.is_torchelastic_launched():
-        backend = 'gloo'
-        if device.type == 'cuda':
-            backend = 'nccl'
-        distributed.init_process_group(backend)
-
-
-def leave_processes():
-    """Ends what join_processes has begun."""
-    if distributed.is_initialized():
-        if distributed.get_backend() == 'gloo':
-            # Without this pause, PyTorch 2.6 sometimes waits for itself forever.
-            time.sleep(1)
-        distributed.destroy_process_group()
-
-
-def rank():
-    """The number of this process, counted from 0."""
-    if distributed.is_initialized():
-        return distributed.get_rank()
-    return 0
-
-
-def world_size():
-    """How many processes train together."""
-    if distributed.is_initialized():
-        return distributed.get_world_size()
-    return 1
-
-
-def as_process_0_has(value):
-    """Returns in every process the value that process 0 has, for which the others wait."""
-    values = [value]
-    if distributed.is_initialized():
-        distributed.broadcast_object_list(values)
-    return values[0]
-
-
-def say(message):
-    """Prints a message on stderr. If there are several processes, process 0 does."""
-    if rank() == 0:
-        print(readable(message), file=sys.stderr)
-
-
-def share_of_batch(batch_size):
-    """How many images of a batch each process has. Raises UserError if the shares are unequal."""
-    if batch_size % world_size() != 0:
-        raise UserError(f'{world_size()} processes cannot share batches of {batch_size} images '
-                        'equally: choose a different --batch-size or --nproc-per-node')
-    return batch_size // world_size()
-
-
-def own_part(dataset, same_size=False):
-    """The part of a dataset that this process trains or evaluates on; with one process, all of it.
-
-    same_size: whether all parts must have the same size, so that all processes take the same
-    number of training steps. Then some images at the end are left out, fewer than processes.
-    """
-    if world_size() == 1:
-        return dataset
-    end = len(dataset)
-    if same_size:
-        end -= end % world_size()
-    return Subset(dataset, range(rank(), end, world_size()))
-
-
-def parallel(model):
-    """The network for training. With several processes, backward() averages their gradients."""
-    if world_size() == 1:
-        return model
-    if distributed.get_backend() == 'nccl':
-        # Changes the batch norm layers inside `model`: they use the images of all processes.
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return DistributedDataParallel(model)
-
-
-def share_batch_norm(model):
-    """Gives all processes the batch norm statistics of process 0: on CPUs they differ. With one
-    process, does nothing."""
-    if world_size() > 1:
-        for buffer in model.buffers():
-            distributed.broadcast(buffer, 0)
-
-
-def progress(batches, title):
-    """The batches, with a progress bar that only process 0 shows."""
-    if rank() > 0:
-        return batches
-    return progress_bar(batches, title)
+    return min(cores // processes_here, 8)
 
 
 # ---- The run's folder ------------------------------------------------------------------------
@@ -683,52 +606,46 @@ def progress(batches, title):
 def open_run(out, resume):
     """Opens the folder of a run for a with-block. out, resume: what --out and --resume say.
 
-    Yields the folder, and the checkpoint to continue from, or None; process 0 tells the others.
-    If the block is interrupted, says how to continue. Raises UserError if the folder cannot be
-    used.
+    Yields the folder, and the checkpoint to continue from, or None. No other run on this computer
+    can open the folder meanwhile. If the block ends in an error or is interrupted, says how to
+    continue. Raises UserError or OSError if the folder cannot be used.
     """
-    if rank() > 0:
-        # Waits for process 0. If that fails before, torchrun ends this process.
-        yield as_process_0_has(None)
+    if rank > 0:
+        # Process 0 opens the folder, and tells the others.
+        opened = [None, None]
+        distributed.broadcast_object_list(opened)
+        yield opened
         return
-    folder, is_new = make_folder(out)
+    if out is None:
+        numbered = (Path('runs', f'{number:03d}').absolute() for number in itertools.count(1))
+        out = next(folder for folder in numbered if not folder.exists())
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The lock is a file in the system's folder for temporary files, because network drives such as
+    # Google Drive have no reliable locks.
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    lock = FileLock(os.path.join(tempfile.gettempdir(), f'food-11-{name}.lock'))
     try:
-        with locked(folder):
-            yield as_process_0_has((folder, find_checkpoint(folder, resume)))
-    except BaseException as error:
-        # Ctrl-C, full memory, or an error in the script. A UserError says itself what to do.
-        if not isinstance(error, UserError):
-            ignore_interruptions()
-            say(how_to_continue(folder))
+        with lock.acquire(timeout=0):
+            opened = [folder, find_checkpoint(folder, resume)]
+            if world_size > 1:
+                distributed.broadcast_object_list(opened)
+            yield opened
+    except Timeout:
+        raise UserError(f'{folder} is in use by another run: wait until that has ended, or choose '
+                        'a different --out') from None
+    except BaseException:
+        if (folder / 'last.pt').exists():
+            # In a thread, because a second Ctrl-C cannot interrupt a thread.
+            thread = threading.Thread(target=note, args=[
+                f'continue with: python "{os.path.abspath(__file__)}" --out "{folder}" --resume'])
+            thread.start()
+            thread.join()
         raise
     finally:
-        if is_new:
-            # Only an empty folder can be removed: it is not left behind.
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-
-
-def make_folder(out):
-    """Makes the folder `out`, or, if that is None, the next of runs/001, runs/002, ...
-
-    Returns it, and whether it is new.
-    """
-    try:
-        if out is not None:
-            folder = Path(out)
-            is_new = not folder.exists()
-            folder.mkdir(parents=True, exist_ok=True)
-            return folder, is_new
-        Path('runs').mkdir(exist_ok=True)
-        for number in itertools.count(1):
-            folder = Path('runs', f'{number:03d}')
-            # If it exists, it belongs to another run, perhaps to one that has just begun.
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                return folder, True
-    except OSError as error:
-        raise UserError(f'cannot make the folder {error.filename}: {error.strerror}; --out names '
-                        'another place') from None
+        # Only an empty folder can be removed: it is not left behind.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def find_checkpoint(folder, resume):
@@ -736,147 +653,78 @@ def find_checkpoint(folder, resume):
 
     Raises UserError if the run would replace files, of another run or of anybody.
     """
-    try:
-        # last.pt.tmp: a run was killed while it saved for the first time.
-        files = [name for name in os.listdir(folder)
-                 if name != 'last.pt.tmp' and not is_hidden(name)]
-    except OSError as error:
-        raise UserError(f'cannot read the folder {folder}: {error.strerror}') from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f'cannot write into the folder {folder}: --out names another place')
+    # Hidden files are those of the system, and what a run has left that was killed while it saved.
+    files = sorted(name for name in os.listdir(folder) if not name.startswith('.'))
     if not files:
         return None
-    if not resume:
-        raise UserError(f'{folder} already holds files: continue the run in it with --resume, or '
-                        'choose a different --out')
-    if 'last.pt' not in files:
-        raise UserError(f'{folder} holds files, such as {files[0]}, but last.pt is missing: no run '
-                        'can be continued there; choose a different --out')
-    checkpoint = load_checkpoint(folder / 'last.pt')
-    if 'optimizer_kind' not in checkpoint:
-        raise UserError(f'{folder / "last.pt"} is incompatible: it is of an older version of the '
-                        'script, or holds only weights, as best.pt does; start a new run in a '
-                        'different folder')
-    return checkpoint
+    if not resume or 'last.pt' not in files:
+        raise UserError(f'{folder} already holds files, such as {files[0]}: choose a different '
+                        '--out. (--resume continues a run, if its last.pt is there)')
+    return load_checkpoint(folder / 'last.pt', 'optimizer_kind')
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Keeps other runs on this computer out of the folder as long as the with-block runs."""
-    # The lock is a file in the system's folder for temporary files, because network drives such as
-    # Google Drive have no reliable locks.
-    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    try:
-        file = os.path.join(tempfile.gettempdir(), f'food-11-{name}.lock')
-        lock = FileLock(file).acquire(timeout=0)
-    # Before OSError, because it is one too.
-    except Timeout:
-        raise UserError(f'{folder} is in use by another run: wait until that has ended, or choose '
-                        'a different --out') from None
-    except (OSError, NotImplementedError):
-        # No lock is possible here either. It is not worth giving up a night's training.
-        lock = contextlib.nullcontext()
-    with lock:
-        yield
-
-
-def save_run(folder, checkpoint):
+def save_run(folder, state):
     """Writes last.pt, which holds all that is needed to continue, and what people want to have of
-    it: best.pt, history.csv, curves.png and settings.json. Only process 0 does.
+    it: best.pt, settings.json, curves.png and history.csv. Only process 0 does.
 
-    Returns whether all are written. If another program holds one of them open, says so, and writes
-    the others: the next saving makes up for it.
+    Raises UserError if one of them cannot be written.
     """
-    if rank() > 0:
-        return False
+    if rank > 0:
+        return
     # If somebody adds a column of NumPy's numbers, these become Python's, as load_checkpoint would
     # refuse NumPy's.
-    history = json.loads(json.dumps(checkpoint['history'], default=float))
-    checkpoint = {**checkpoint, 'history': history}
-    text = io.StringIO()
-    # Columns may have been added to or removed from the script since the first epochs:
-    # restval='' leaves a gap, extrasaction='ignore' leaves the rest out.
-    table = csv.DictWriter(text, fieldnames=list(history[-1]), restval='', extrasaction='ignore',
-                           lineterminator='\n')
-    table.writeheader()
-    table.writerows(history)
-    settings = json.dumps({**checkpoint['options'], 'classes': checkpoint['required']['classes']},
-                          indent=1, ensure_ascii=False)
-    best = {'model': checkpoint['best_model'], 'required': checkpoint['required']}
-    all_are_written = True
-    # Each is called as write_file(folder / name, *content). write_figure gets a function that
-    # draws, and its arguments.
-    for write_file, name, *content in (
-            (write_checkpoint, 'last.pt', checkpoint),
-            (write_checkpoint, 'best.pt', best),
-            (write_text, 'history.csv', text.getvalue()),
-            (write_figure, 'curves.png', draw_curves, history, checkpoint['best_epoch']),
-            (write_text, 'settings.json', f'{settings}\n')):
-        try:
-            write_file(folder / name, *content)
-        except FileInUse as error:
-            say(str(error))
-            all_are_written = False
-    return all_are_written
-
-
-def how_to_continue(folder):
-    """What is saved in the folder of a run, and which command continues the run."""
-    if not os.path.exists(folder / 'last.pt'):
-        return 'nothing is saved yet'
-    try:
-        checkpoint = load_checkpoint(folder / 'last.pt')
-    except UserError as error:
-        return str(error)
-    return (f'{folder} holds the state after epoch {len(checkpoint["history"])}; continue with '
-            f'python chapter2_2_train.py --out "{folder}" --resume')
-
-
-def checksum(files, data_dir):
-    """A text that is different if the names or the labels of photographs are different."""
-    names = sorted((readable(file.relative_to(data_dir).as_posix()), label)
-                   for file, label in files)
-    return hashlib.sha256(repr(names).encode()).hexdigest()
-
-
-def adapt_to_photographs(checkpoint, checksums):
-    """Says if the photographs have changed since the checkpoint was saved. checksums: those of the
-    photographs for training and for validation.
-
-    If those for validation have changed, the old best accuracy cannot be compared any more. So the
-    checkpoint's best_acc becomes -1, which makes the next epoch the best one; until then, the last
-    one is.
-    """
-    for part in ('training', 'validation'):
-        if checksums[part] != checkpoint['checksums'][part]:
-            say(f'the photographs for {part} have changed since then')
-    if checksums['validation'] != checkpoint['checksums']['validation']:
-        say('the best epoch is chosen anew: until the next epoch, it is the last one')
-        checkpoint.update(best_acc=-1, best_epoch=len(checkpoint['history']),
-                          best_model=checkpoint['model'])
-    checkpoint['checksums'] = checksums
-
-
-# ---- Files -----------------------------------------------------------------------------------
-
-class FileInUse(UserError):
-    """Another program holds a file open, so that Windows does not allow replacing it."""
+    history = json.loads(json.dumps(state['history'], default=float))
+    required = state['required']
+    write(folder / 'last.pt', {**state, 'history': history})
+    write(folder / 'best.pt', {'model': state['best_model'], 'required': required})
+    write(folder / 'settings.json', {**state['options'], 'classes': required['classes']})
+    with picture_settings():
+        write(folder / 'curves.png', draw_curves(history, state['best_epoch']))
+    # At the end, as Excel may have it open: then Windows does not allow replacing it.
+    write(folder / 'history.csv', history)
 
 
 def write(path, content):
-    """Writes a file of these bytes in such a way that it is complete, or else as it was before.
+    """Writes a file in such a way that it is complete, or else as it was before.
 
-    Raises FileInUse if another program holds the file open, and UserError if it cannot be written
-    for another reason, for example because the disk is full.
+    content: for .pt a checkpoint, for .png a matplotlib figure, for .csv the rows of a table as
+    dicts, and for .json what JSON can hold.
+    Raises UserError if the file cannot be written: for example if the disk is full, or if another
+    program has it open on Windows.
     """
-    temporary = path.with_name(path.name + '.tmp')
+    file_bytes = io.BytesIO()
+    if path.suffix == '.pt':
+        torch.save(content, file_bytes)
+    elif path.suffix == '.png':
+        content.savefig(file_bytes, format='png')
+    else:
+        text = io.StringIO()
+        if path.suffix == '.csv':
+            # Rows may lack columns that were added to the script since, or have some that were
+            # removed: restval='' leaves a gap, extrasaction='ignore' leaves the rest out.
+            table = csv.DictWriter(text, fieldnames=list(content[-1]), restval='',
+                                   extrasaction='ignore', lineterminator='\n')
+            table.writeheader()
+            table.writerows(content)
+        else:
+            json.dump(content, text, indent=1, ensure_ascii=False)
+        # surrogateescape: Linux allows file names that are not Unicode. They are written as they
+        # are.
+        file_bytes.write(text.getvalue().encode(errors='surrogateescape'))
+    temporary = path.with_name(f'.{path.name}.tmp')
     try:
         with open(temporary, 'wb') as file:
-            file.write(content)
+            file.write(file_bytes.getbuffer())
             # The content must be on the disk before the old file goes: the power may fail.
             file.flush()
             os.fsync(file.fileno())
-        replace_patiently(temporary, path)
+        for _ in range(20):
+            # What Windows answers if another program has the file open, perhaps not for long.
+            with contextlib.suppress(PermissionError):
+                os.replace(temporary, path)
+                return
+            time.sleep(0.1)
+        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f'cannot write {path}: {error.strerror}; what was saved before is intact'
                         ) from None
@@ -886,66 +734,27 @@ def write(path, content):
             temporary.unlink()
 
 
-def replace_patiently(temporary, path):
-    """Puts the temporary file in the place of `path`. If that is in use, tries for two seconds."""
-    for _ in range(20):
-        try:
-            os.replace(temporary, path)
-            return
-        except PermissionError:
-            time.sleep(0.1)
-    raise FileInUse(f'{path} is in use by another program, and was left as it was')
-
-
-def write_text(path, text):
-    """Writes a text file, as `write` does."""
-    # surrogateescape: Linux allows file names that are not Unicode. They are written as they are.
-    write(path, text.encode(errors='surrogateescape'))
-
-
-def write_figure(path, draw, *arguments):
-    """Writes the matplotlib figure draw(*arguments) as a PNG file, as `write` does."""
-    content = io.BytesIO()
-    with picture_settings():
-        draw(*arguments).savefig(content, format='png')
-    write(path, content.getvalue())
-
-
-def write_checkpoint(path, checkpoint):
-    """Writes a checkpoint, as `write` does."""
-    # Into memory first: torch.save has no clear error for a full disk.
-    content = io.BytesIO()
-    torch.save(checkpoint, content)
-    write(path, content.getbuffer())
-
-
-def load_checkpoint(path):
+def load_checkpoint(path, part):
     """Reads a checkpoint into the CPU's memory. Program code in it is not executed.
 
-    Raises UserError if it is missing, corrupt, or not a checkpoint of this script, or with the
-    system's reason if the system does not let it be read.
+    part: what must be in it, such as 'model'. Raises UserError if it is not, or if the file is
+    corrupt or not a checkpoint of this script; OSError if it cannot be opened.
     """
-    try:
-        content = io.BytesIO(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise UserError(f'there is no {path}: is {os.path.dirname(path)} the folder of a run that '
-                        'has saved a checkpoint?') from None
-    except OSError as error:
-        raise UserError(f'cannot read {path}: {error.strerror}') from None
+    file = io.BytesIO(Path(path).read_bytes())
     try:
         # A checkpoint is a zip file, but PyTorch does not check the checksums in it.
-        if zipfile.ZipFile(content).testzip() is not None:
+        if zipfile.ZipFile(file).testzip() is not None:
             raise zipfile.BadZipFile
-        content.seek(0)
-        checkpoint = torch.load(content, weights_only=True, map_location='cpu')
-    except (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, RuntimeError,
-            ValueError, LookupError, EOFError, OSError) as error:
-        # zipfile and torch.load raise any of these if a bit of the file is wrong.
+        file.seek(0)
+        checkpoint = torch.load(file, weights_only=True, map_location='cpu')
+    except Exception as error:
+        # zipfile and torch.load raise almost anything if a bit of the file is wrong.
         raise UserError(f'{path} is corrupt, or not a checkpoint ({type(error).__name__}): replace '
                         'it by a copy, or start a new run in a different folder') from None
-    if not isinstance(checkpoint, dict) or 'required' not in checkpoint:
-        raise UserError(f'{path} is incompatible: not a checkpoint of this version of the script; '
-                        'start a new run in a different folder')
+    if not isinstance(checkpoint, dict) or not {part, 'required'} <= checkpoint.keys():
+        raise UserError(f'{path} is incompatible: it is of an older version of the script, or '
+                        'holds only weights, as best.pt does; start a new run in a different '
+                        'folder')
     return checkpoint
 
 
@@ -977,23 +786,27 @@ def load_weights(model, checkpoint, path, classes):
                         f'those of the network {type(model).__name__} now; {cure}') from None
 
 
-def restore(model, optimizer, scaler, checkpoint, path, classes):
-    """Brings all that the training changes into the state that the checkpoint has.
-
-    path: where the checkpoint comes from, for error messages.
-    Raises UserError as load_weights does, and if the optimizer is of another kind.
-    """
-    load_weights(model, checkpoint, path, classes)
-    then, now = checkpoint['optimizer_kind'], type(optimizer).__name__
-    if then != now:
-        raise UserError(f'{path} is incompatible: its optimizer was {then}, now it is {now}; give '
-                        'the same --recipe, undo a change of the script, or start a new run in a '
-                        'different folder')
-    # Only Adam's averages come from the checkpoint; its options are those of the script and the
-    # command line, so that a lower --lr or an edited weight decay takes effect.
-    state_dict = optimizer.state_dict()
-    state_dict['state'] = checkpoint['optimizer']['state']
-    optimizer.load_state_dict(state_dict)
+def load_optimizer(optimizer, scaler, checkpoint, path):
+    """Puts the saved states of the optimizer, such as Adam's averages, and of the scaler into them.
+    The optimizer's options, such as a lower --lr, are still those of the script and the command
+    line. Raises UserError, naming `path`, if another optimizer or other parameters are saved."""
+    saved, state_dict = checkpoint['optimizer'], optimizer.state_dict()
+    kind = type(optimizer).__name__
+    groups_then, groups_now = ([group['params'] for group in part['param_groups']]
+                               for part in (saved, state_dict))
+    fits = checkpoint['optimizer_kind'] == kind and groups_then == groups_now
+    if fits:
+        optimizer.load_state_dict({**state_dict, 'state': saved['state']})
+        # What is saved for a parameter has its shape, or is a number, such as that of steps. With
+        # another shape, PyTorch would write beyond its memory.
+        fits = all(value.shape in (parameter.shape, ())
+                   for parameter, values in optimizer.state.items()
+                   for value in values.values() if torch.is_tensor(value))
+    if not fits:
+        raise UserError(f'{path} is incompatible: its optimizer was '
+                        f'{checkpoint["optimizer_kind"]}, now it is {kind}, or trains other '
+                        'parameters; give the same --recipe, undo this change, or start a new run '
+                        'in a different folder')
     # Empty if the run has not computed with float16.
     if checkpoint['scaler']:
         scaler.load_state_dict(checkpoint['scaler'])
@@ -1001,7 +814,8 @@ def restore(model, optimizer, scaler, checkpoint, path, classes):
 
 def load_model(path, device):
     """Returns the network with the weights of a checkpoint, on the device, and the names of its
-    classes. Raises UserError if the file is missing or corrupt, or does not fit the script.
+    classes. Raises UserError if the file is corrupt, or does not fit the script, and OSError if it
+    cannot be opened.
 
     In a program of your own, beside the scripts:
 
@@ -1011,7 +825,7 @@ def load_model(path, device):
         y = train.predict_probabilities(model, x, 1, contextlib.nullcontext())  # (1, 11)
         print(classes[y[0].argmax()])
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, 'model')
     classes = checkpoint['required']['classes']
     model = make_model(len(classes), device)
     load_weights(model, checkpoint, path, classes)
@@ -1029,78 +843,69 @@ def new_figure(width, height):
 def draw_curves(history, best_epoch):
     """curves.png: accuracy and loss over the epochs, with the best epoch marked."""
     figure = new_figure(10, 4)
-    left, right = figure.subplots(1, 2)
     epochs = [row['epoch'] for row in history]
-    best = history[best_epoch - 1]
-    for axes, name, title in ((left, 'acc', 'accuracy'), (right, 'loss', 'mean loss per image')):
-        best_value = best[f'val_{name}']
+    for axes, name, title in zip(figure.subplots(1, 2), ('acc', 'loss'),
+                                 ('accuracy', 'mean loss per image')):
         axes.plot(epochs, [row[f'train_{name}'] for row in history], marker='.',
                   label='training, augmented images')
         axes.plot(epochs, [row[f'val_{name}'] for row in history], marker='.', label='validation')
+        best_value = history[best_epoch - 1][f'val_{name}']
         axes.axvline(best_epoch, color='grey', linestyle=':',
                      label=f'best: epoch {best_epoch}, {best_value:.3f}')
-        axes.plot(best_epoch, best_value, 'o', color='C1')
-        axes.set_title(title)
-        axes.set_xlabel('epoch')
-        axes.set_xlim(0, epochs[-1] + 1)
+        axes.set(title=title, xlabel='epoch')
+        axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
-    left.set_ylim(0, 1.02)
-    right.set_ylim(bottom=0)
     return figure
 
 
 def draw_confusion(counts, classes):
     """confusion.png from counts (11, 11): a row for each true class, a column for each predicted.
 
-    Each cell shows a number of images, and its share of all images of the true class.
+    Each cell shows a number of images, and its share of all images of the true class. With more
+    than 40 classes there are only colours, as nobody could read texts.
     """
-    # Half an inch for each class, and what the longest name takes; but no picture that is too large
-    # to open.
-    side = min(3.5 + 0.5 * len(classes) + 0.08 * max(map(len, classes)), 40)
+    side = 4 + 0.5 * min(len(classes), 40)
     figure = new_figure(side, side)
     axes = figure.subplots()
-    totals = counts.sum(1)
     # Each row is divided by its total; a class without images by 1 instead of 0.
-    shares = counts / np.maximum(totals, 1)[:, np.newaxis]
-    axes.imshow(shares, 'Blues', vmin=0, vmax=1)
-    centered = {'ha': 'center', 'va': 'center', 'fontsize': 8}
-    for true, predicted in np.argwhere(counts > 0):
-        share = shares[true, predicted]
-        color = 'black'
-        if share > 0.5:
-            color = 'white'
-        axes.text(predicted, true, f'{counts[true, predicted]}\n{share:.0%}', color=color,
-                  **centered)
-    for true in np.flatnonzero(totals == 0):
-        axes.text(len(classes) / 2 - 0.5, true, 'no images of this class', color='grey', **centered)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha='right')
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set_xlabel('predicted')
-    axes.set_ylabel('true')
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    # vmax: so that no colour is too dark for black numbers.
+    axes.imshow(shares, 'Blues', vmin=0, vmax=1.6)
     accuracy = np.trace(counts) / counts.sum()
-    axes.set_title(f'{accuracy:.1%} of the validation images are right')
+    axes.set(title=f'{accuracy:.1%} of the validation images are right', xlabel='predicted',
+             ylabel='true')
+    if len(classes) <= 40:
+        for true, predicted in np.argwhere(counts > 0):
+            axes.text(predicted, true, f'{counts[true, predicted]}\n{shares[true, predicted]:.0%}',
+                      ha='center', va='center', fontsize=8)
+        names = [textwrap.fill(name, 20) for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90)
+        axes.set_yticks(range(len(classes)), names)
     return figure
 
 
-def draw_images(images, titles, columns, heading):
-    """Images (N, 128, 128, 3), BGR, uint8 or float in 0..1, in rows, with their titles."""
+def draw_images(images, titles, heading):
+    """Images, RGB (N, 128, 128, 3) or grey (N, H, W), at most eight in a row, with their titles."""
+    columns = max(1, min(len(images), 8))
     rows = max(1, math.ceil(len(images) / columns))
-    figure = new_figure(1.5 * columns, 2 * rows + 0.5)
-    figure.suptitle(heading)
+    figure = new_figure(1.6 * columns, 2.4 * rows + 0.5)
+    figure.suptitle(textwrap.fill(heading, 20 * columns))
     for i, (image, title) in enumerate(zip(images, titles)):
         axes = figure.add_subplot(rows, columns, i + 1)
         axes.set_axis_off()
-        axes.imshow(image[:, :, ::-1])  # BGR -> RGB
-        axes.set_title(title, fontsize=8)
+        axes.imshow(image, 'gray')
+        # Long names are written on several lines.
+        lines = [textwrap.fill(line, 20) for line in title.splitlines()]
+        axes.set_title('\n'.join(lines), fontsize=8)
     return figure
 
 
 def draw_mistakes(val_x, val_files, probabilities, classes):
     """mistakes.png: the 24 wrong predictions with the highest probabilities.
 
-    val_files: pairs (file, label).
+    val_x: uint8 (N, 128, 128, 3), BGR. val_files: pairs (file, label).
     """
     val_y = np.array([label for _, label in val_files])
     predicted = probabilities.argmax(1)
@@ -1108,14 +913,12 @@ def draw_mistakes(val_x, val_files, probabilities, classes):
     wrong = np.flatnonzero(predicted != val_y)
     most_confident_first = np.argsort(-confidence[wrong], kind='stable')
     wrong = wrong[most_confident_first][:24]
-    # Long names are written on several lines.
-    names = [textwrap.fill(name, 20) for name in classes]
-    titles = [f'{readable(val_files[i][0].name)}\n{names[val_y[i]]}\npredicted:\n'
-              f'{names[predicted[i]]} {confidence[i]:.0%}' for i in wrong]
+    titles = [f'{as_text(val_files[i][0].name)}\n{classes[val_y[i]]}\npredicted:\n'
+              f'{classes[predicted[i]]} {confidence[i]:.0%}' for i in wrong]
     heading = 'the most confident mistakes on the validation images'
     if len(wrong) == 0:
         heading = 'no mistakes on the validation images'
-    return draw_images(val_x[wrong], titles, 8, heading)
+    return draw_images(val_x[wrong][..., ::-1], titles, heading)  # BGR -> RGB
 
 
 # ---- Prediction ------------------------------------------------------------------------------
@@ -1137,21 +940,20 @@ def count_predictions(labels, probabilities):
     """counts (11, 11): counts[i, j] is how many images of class i are predicted as class j."""
     class_count = probabilities.shape[1]
     counts = np.zeros((class_count, class_count), dtype=int)
-    for label, predicted in zip(labels, probabilities.argmax(1)):
-        counts[label, predicted] += 1
+    np.add.at(counts, (labels, probabilities.argmax(1)), 1)
     return counts
 
 
 def print_accuracies(counts, classes, heading):
     """Prints for each class how many of its images are right (accuracy), and how many of the
     images that are predicted as this class are right (precision)."""
-    print(f'{heading:<24} images  right accuracy precision')
+    say(f'{heading:<24} images  right accuracy precision')
     for label, name in enumerate(classes):
         right, images, predicted = counts[label, label], counts[label].sum(), counts[:, label].sum()
-        print(f'{label:>3} {name:<20} {images:>6} {right:>6} {percent(right, images):>8} '
-              f'{percent(right, predicted):>9}')
+        say(f'{label:>3} {name:<20} {images:>6} {right:>6} {percent(right, images):>8} '
+            f'{percent(right, predicted):>9}')
     right, images = np.trace(counts), counts.sum()
-    print(f'{"total":<24} {images:>6} {right:>6} {percent(right, images):>8}', flush=True)
+    say(f'{"total":<24} {images:>6} {right:>6} {percent(right, images):>8}')
 
 
 def percent(part, whole):
@@ -1164,112 +966,136 @@ def percent(part, whole):
 def use_run(args, device):
     """Does what --predict, --dreams and --features ask for, with a checkpoint of the run in
     --out."""
-    # --no-amp and --batch-size are those typed now, not those of the run.
-    options = choose_options(args)
     folder = Path(args.out)
     model, classes = load_model(folder / args.checkpoint, device)
     if args.dreams:
         images, probabilities = dream(model, len(classes))
         titles = [f'{name}\n{y:.1%}' for name, y in zip(classes, probabilities)]
-        write_figure(folder / 'dreams.png', draw_images, images, titles, 6,
-                     'what the classes look like to the network')
-        print(f'picture written to {folder / "dreams.png"}')
+        with picture_settings():
+            write(folder / 'dreams.png', draw_images(images[..., ::-1], titles,  # BGR -> RGB
+                                                     'what the classes look like to the network'))
+        say(f'picture written to {folder / "dreams.png"}')
     if args.features:
         image = read_image(args.features)
         if image is None:
             refuse_files([args.features], NO_IMAGE)
-        write_figure(folder / 'features.png', draw_features, model, image)
-        print(f'picture written to {folder / "features.png"}')
+        with picture_settings():
+            write(folder / 'features.png', draw_features(model, image))
+        say(f'picture written to {folder / "features.png"}')
     if args.predict:
+        # --no-amp and --batch-size are those typed now, not those of the run.
+        options = choose_options(args)
         autocast, _ = mixed_precision(device, pick_precision(device, options.no_amp))
-        predict(args.predict, model, classes, folder / 'predict.csv', options.batch_size, autocast)
+        predict(args.predict, model, classes, folder, options.batch_size, autocast)
 
 
-def predict(paths, model, classes, csv_file, batch_size, autocast):
+def predict(paths, model, classes, run_folder, batch_size, autocast):
     """Predicts the classes of photographs, or of those in a folder. Those in a folder are written
-    into csv_file; if they are named or arranged like those for training, also prints the accuracy.
+    into two tables in run_folder; if all have labels, as those for training, also prints the
+    accuracy.
 
-    Raises UserError at the end if some files are no images; it says which. A file that the system
-    does not let be read ends it at once.
+    Raises UserError at the end if some files are no images; it names them. A file that cannot be
+    opened ends it at once, with OSError.
     """
-    paths = find_paths(paths)
+    # Windows does not replace a pattern such as *.jpg by names, as Linux and macOS do. A name that
+    # exists is no pattern.
+    paths = [found for path in paths
+             for found in glob.glob(glob.escape(path)) or sorted(glob.glob(path)) or [path]]
     folders = [path for path in paths if os.path.isdir(path)]
     if folders and len(paths) > 1:
         raise UserError('--predict takes photographs, or one folder, as predict.csv is one table')
+    files = [Path(path) for path in paths]
     if folders:
-        files = labelled_files(folders[0], classes)
-    else:
-        files = [(path, None) for path in paths]
-    # images[i] will be the photograph of good_files[i], a pair (file, label).
-    images, good_files, bad_files = [], [], []
-    image_files = [file for file, _ in files]
-    for pair, img in zip(files, in_threads(read_image, image_files, 'reading')):
+        files = list_images(folders[0])
+    if not files:
+        raise UserError(f'no photographs in {folders[0]}')
+    x = np.zeros((len(files), image_size, image_size, 3), dtype=np.uint8)
+    bad_files = []
+
+    def read(i):
+        img = read_image(files[i])
         if img is None:
-            bad_files.append(pair[0])
+            bad_files.append(files[i])
         else:
-            images.append(img)
-            good_files.append(pair)
-    if images:
-        probabilities = predict_probabilities(model, np.stack(images), batch_size, autocast)
-        if folders:
-            print(f'{readable(folders[0])}: {len(images)} of {len(files)} photographs predicted, '
-                  f'in {readable(csv_file)}')
-            print_test_accuracies(good_files, probabilities, classes)
-            write_predictions(csv_file, folders[0], good_files, probabilities)
-        else:
-            print_likeliest(good_files, probabilities, classes)
+            x[i] = img
+
+    in_threads(read, range(len(files)), 'reading')
+    probabilities = predict_probabilities(model, x, batch_size, autocast)
+    # Those of files that are no images, which are black in x, go again.
+    predictions = {file: row for file, row in zip(files, probabilities) if file not in bad_files}
+    if folders:
+        say(f'{folders[0]}: {len(predictions)} of {len(files)} photographs predicted, in '
+            f'{run_folder / "predict.csv"}')
+        print_test_accuracies(predictions, classes, Path(folders[0]), run_folder)
+        write_predictions(predictions, classes, Path(folders[0]), run_folder)
+    else:
+        for file, row in predictions.items():
+            names = [f'{classes[label]} {row[label]:.1%}' for label in np.argsort(-row)[:3]]
+            say(f'{file}: {", ".join(names)}')
     refuse_files(bad_files, NO_IMAGE)
 
 
-def find_paths(paths):
-    """The files and folders that --predict names, as Paths."""
-    found = []
-    for path in paths:
-        folder, name = os.path.split(path)
-        # A name; else a pattern, which Windows does not replace by names, as Linux and macOS do;
-        # else a pattern in a folder that has brackets in its name: "photos [2024]/*.jpg".
-        matches = (glob.glob(glob.escape(path)) or glob.glob(path)
-                   or glob.glob(os.path.join(glob.escape(folder), name)))
-        found += map(Path, sorted(matches) or [path])
-    return found
+def print_test_accuracies(predictions, classes, folder, run_folder):
+    """Prints the accuracy of each class over the photographs in `folder`, if all have labels.
+
+    predictions: the probabilities (11,) of each file. Photographs that have trained the network do
+    not count. If nothing is left to count, says so on stderr.
+    """
+    labels = {file: label_of(file, folder, classes) for file in predictions}
+    unlabelled = [file for file, label in labels.items() if label is None]
+    if unlabelled:
+        say(f'no accuracy, because {len(unlabelled)} of {len(labels)} photographs have no label, '
+            f'for example {unlabelled[0]}', sys.stderr)
+        return
+    counted = [file for file in predictions if not has_trained(file, folder, run_folder)]
+    if not counted:
+        say('no accuracy, because all these photographs have trained the network', sys.stderr)
+        return
+    heading = 'labels from the names'
+    if len(counted) < len(labels):
+        heading = 'for validation only'
+        say(f'{len(labels) - len(counted)} of them have trained the network, and do not count')
+    counts = count_predictions([labels[file] for file in counted],
+                               np.stack([predictions[file] for file in counted]))
+    print_accuracies(counts, classes, heading)
 
 
-def print_likeliest(files, probabilities, classes):
-    """Prints the three likeliest classes of each photograph."""
-    for (file, _), row in zip(files, probabilities):
-        names = [f'{classes[label]} {row[label]:.1%}' for label in np.argsort(-row)[:3]]
-        print(f'{readable(file)}: {", ".join(names)}')
+def has_trained(file, folder, run_folder):
+    """Whether a photograph in `folder` is one of those on which the run has trained."""
+    settings = run_folder / 'settings.json'
+    if not settings.exists():
+        return False
+    text = settings.read_text(encoding='utf-8', errors='surrogateescape')
+    # The folders may be reached by links.
+    run_data_dir = Path(json.loads(text)['data_dir']).resolve()
+    file = folder.resolve() / file.relative_to(folder)
+    if not file.is_relative_to(run_data_dir):
+        return False
+    parts = find_parts(run_data_dir)
+    if parts is not None:
+        return file.is_relative_to(parts[0])
+    return not is_for_validation(file, run_data_dir)
 
 
-def print_test_accuracies(files, probabilities, classes):
-    """Prints the accuracy of each class, if all of the photographs have labels. If not, says so on
-    stderr. files: pairs (file, label), the label None if it has none."""
-    labels = [label for _, label in files]
-    if None in labels:
-        example, _ = files[labels.index(None)]
-        print(f'no accuracy, because {labels.count(None)} of {len(labels)} photographs have no '
-              f'label, for example {readable(example)}', file=sys.stderr)
-    else:
-        print_accuracies(count_predictions(labels, probabilities), classes,
-                         'labels from the names')
-
-
-def write_predictions(csv_file, folder, files, probabilities):
-    """predict.csv, as the course's Kaggle page takes it: an Id and a label for each photograph.
+def write_predictions(predictions, classes, folder, run_folder):
+    """predict.csv, as the course's Kaggle page takes it: an Id and a label for each photograph. And
+    predict_names.csv for people: file, class and probability.
 
     The Id is the number that is the photograph's name (12 for 0012.jpg). If not all names are
     different numbers, it is the whole name.
     """
-    ids = [file.relative_to(folder).with_suffix('').as_posix() for file, _ in files]
-    if all(name.isdecimal() for name in ids) and len(set(map(int, ids))) == len(ids):
-        ids = [int(name) for name in ids]
+    names = [file.relative_to(folder).as_posix() for file in predictions]
+    ids = [os.path.splitext(name)[0] for name in names]
+    if all(number.isdecimal() for number in ids) and len(set(map(int, ids))) == len(ids):
+        ids = [int(number) for number in ids]
     else:
-        ids = [file.relative_to(folder).as_posix() for file, _ in files]
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator='\n')
-    table.writerow(['Id', 'Category'])
-    table.writerows(zip(ids, probabilities.argmax(1)))
-    write_text(csv_file, text.getvalue())
+        ids = names
+    labels = [row.argmax() for row in predictions.values()]
+    write(run_folder / 'predict.csv',
+          [{'Id': number, 'Category': label} for number, label in zip(ids, labels)])
+    write(run_folder / 'predict_names.csv',
+          [{'file': name, 'class': classes[label], 'probability': f'{row[label]:.4f}'}
+           for name, label, row in zip(names, labels, predictions.values())])
 
 
 # ---- Feature maps (chapter 1) ----------------------------------------------------------------
@@ -1280,8 +1106,11 @@ def feature_maps(model, image):
 
     Returns for each block its feature maps after the pooling, float (64, 64, 64) for the first
     one, and its receptive field: how many pixels of the image, in each direction, a number in them
-    depends on.
+    depends on. Raises UserError if the network has no `convolution`.
     """
+    if not hasattr(model, 'convolution'):
+        raise UserError('--features draws a network whose layers are in `convolution`, as those of '
+                        f'Classifier; {type(model).__name__} has none')
     model.eval()
     device = next(model.parameters()).device
     x = convert_image_dtype(test_transform(image)).unsqueeze(0).to(device)
@@ -1301,25 +1130,17 @@ def feature_maps(model, image):
 
 
 def draw_features(model, image):
-    """features.png: the image, and a row for each block of the network: of its feature maps, the
-    eight with the largest means. White is the largest number in a feature map."""
-    blocks = feature_maps(model, image)
-    rows, columns = 1 + len(blocks), 8
-    figure = new_figure(1.5 * columns, 1.6 * rows)
-    no_ticks = {'xticks': [], 'yticks': []}
-    axes = figure.add_subplot(rows, columns, 1, title='the photograph', **no_ticks)
-    axes.imshow(image[:, :, ::-1])  # BGR -> RGB
-    axes.set_ylabel(f'{image.shape[0]} × {image.shape[1]}')
-    for row, (maps, receptive_field) in enumerate(blocks, start=1):
-        strongest = np.argsort(-maps.mean((1, 2)))[:columns]
-        for column, channel in enumerate(strongest, start=1):
-            axes = figure.add_subplot(rows, columns, row * columns + column,
-                                      title=f'channel {channel}', **no_ticks)
-            axes.imshow(maps[channel], 'gray')
-            if column == 1:
-                axes.set_ylabel(f'block {row}: {maps.shape[1]} × {maps.shape[2]}\n'
-                                f'receptive field\n{receptive_field} × {receptive_field}')
-    return figure
+    """features.png: a row for each block of the network: the photograph, and of the block's feature
+    maps the seven with the largest means. White is the largest number in a feature map."""
+    images, titles = [], []
+    for number, (maps, receptive_field) in enumerate(feature_maps(model, image), start=1):
+        images.append(image[..., ::-1])  # BGR -> RGB
+        titles.append(f'block {number}: {maps.shape[1]} × {maps.shape[2]}\n'
+                      f'receptive field\n{receptive_field} × {receptive_field}')
+        for channel in np.argsort(-maps.mean((1, 2)))[:7]:
+            images.append(maps[channel])
+            titles.append(f'channel {channel}')
+    return draw_images(images, titles, 'what each block sees in the photograph')
 
 
 # ---- Dreams (section 1.2) --------------------------------------------------------------------
@@ -1340,14 +1161,13 @@ def dream(model, class_count, steps=100):
     c = 1e-4
     max_shift = 8  # pixels
     device = next(model.parameters()).device
-    model.eval().requires_grad_(False)
+    model.eval()
     torch.manual_seed(0)
     # Grey with a little noise, one image for each class.
     x = 0.4 + 0.1 * torch.rand(class_count, 3, image_size, image_size)
     x = x.to(device).requires_grad_()
     optimizer = torch.optim.Adam([x], lr=0.05)
     for step in progress(range(steps), 'dreaming'):
-        optimizer.zero_grad()
         # The images are shifted by a different distance in each step. So only shapes make the
         # probability large, wherever they are. Without this, the images would be speckle.
         shift = torch.randint(-max_shift, max_shift + 1, (2,)).tolist()
@@ -1356,8 +1176,9 @@ def dream(model, class_count, steps=100):
         # diagonal: of image i, only the probability of class i counts.
         log_y = scores.log_softmax(1).diagonal()
         objective = log_y.sum() - c * x.abs().sum()
-        # An optimizer makes its objective small, so it gets the negative.
-        (-objective).backward()
+        # Only the images get a gradient, and not the weights. An optimizer makes its objective
+        # small, so it gets the negative.
+        x.grad, = torch.autograd.grad(-objective, x)
         optimizer.step()
         with torch.no_grad():
             if step % 4 == 0 and step < steps - 10:

@@ -11,11 +11,12 @@ import argparse
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import re
 import signal
 import sys
-import threading
+import textwrap
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +36,9 @@ demo_dir = './food-11-demo'
 CLASSES = ['Bread', 'Dairy product', 'Dessert', 'Egg', 'Fried food', 'Meat',
            'Noodles-Pasta', 'Rice', 'Seafood', 'Soup', 'Vegetable-Fruit']
 
+# What an error says about a file, after its name.
+NO_IMAGE = 'cannot be read as an image; repair, rename or delete it'
+
 # Width and height in pixels. The first Linear layer in chapter2_2_train.py depends on it.
 image_size = 128
 
@@ -53,10 +57,11 @@ def readfile(path, classes=CLASSES):
     """
     files = path
     if not isinstance(path, list):
-        # Sorted by name. The label of 3_17.jpg is 3.
+        # The files of the folder, sorted by name. The label of 3_17.jpg is 3.
         files = labelled_files(list_images(path), path, classes)
-    highest_label = max((label for _, label in files), default=0)
     x = np.zeros((len(files), image_size, image_size, 3), dtype=np.uint8)
+    # uint8 as in the book, if no label is above 255.
+    highest_label = max((label for _, label in files), default=0)
     y = np.zeros(len(files), dtype=np.min_scalar_type(highest_label))
     bad_files = []
 
@@ -164,13 +169,13 @@ def main(arguments=None):
     # --help begins with the text at the top of this file.
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser, data_dir)
+    add_data_arguments(parser)
     parser.add_argument('--recipe', choices=['book', 'better'], default='book',
                         help='whose augmentation to show: train_transform or better_transform '
                         '(default: %(default)s)')
     parser.add_argument('--index', type=int, metavar='N', default=100,
-                        help='which training image to show; the last one if there are fewer '
-                        '(default: %(default)s)')
+                        help='which training image to show; the nearest one if there is none of '
+                        'that number (default: %(default)s)')
     parser.add_argument('--save', type=path_argument, metavar='FILE',
                         help='write the picture, a PNG, into FILE (default: open a window)')
     args = parser.parse_args(arguments)
@@ -178,7 +183,7 @@ def main(arguments=None):
         args.data_dir = demo_dir
         make_demo()
 
-    classes, train_files, val_files = find_photographs(args.data_dir)
+    classes, train_files, val_files = find_photographs(args.data_dir or data_dir)
     train_x, train_y = readfile(train_files)
     val_x, val_y = readfile(val_files)
     say(train_x.shape)
@@ -197,11 +202,10 @@ def main(arguments=None):
     show_preview(train_set, index, classes, args.save)
 
 
-def add_data_arguments(parser, default_dir):
-    """Adds the arguments that both scripts have. default_dir: data_dir; chapter2_2_train.py gives
-    SUPPRESS, because a continued run has saved its own folder."""
+def add_data_arguments(parser):
+    """Adds the arguments that both scripts have."""
     where = parser.add_mutually_exclusive_group()
-    where.add_argument('--data-dir', type=path_argument, metavar='DIR', default=default_dir,
+    where.add_argument('--data-dir', type=path_argument, metavar='DIR',
                        help='folder that holds training/ and validation/, or a folder for each '
                        'class; then a fifth of the photographs, chosen by their names, is for '
                        f'validation (default: {data_dir})')
@@ -210,7 +214,7 @@ def add_data_arguments(parser, default_dir):
 
 
 def path_argument(text):
-    """The type of all arguments that name a file or a folder: makes an absolute path of it."""
+    """The type of the arguments that are paths: makes an absolute path."""
     # An empty path would be the current folder: --data-dir "$FOLDER", and no such variable.
     if not text:
         raise argparse.ArgumentTypeError('the path is empty')
@@ -236,17 +240,18 @@ def print_counts(train_y, val_y, classes):
 
 def print_repeated(train_x, train_files, val_x, val_files):
     """Says how many of the photographs for validation are for training as well."""
-    trained = {hash(img.tobytes()): file for img, (file, _) in zip(train_x, train_files)}
-    hashes = [hash(img.tobytes()) for img in val_x]
-    repeated = [f'{trained[number]} and {file}'
-                for number, (file, _) in zip(hashes, val_files) if number in trained]
+    # A hash instead of the image: it is short, and different images hardly ever have the same.
+    training_file = {hash(img.tobytes()): file for img, (file, _) in zip(train_x, train_files)}
+    keys = [hash(img.tobytes()) for img in val_x]
+    repeated = [f'{training_file[key]} and {file}'
+                for key, (file, _) in zip(keys, val_files) if key in training_file]
     if repeated:
         say('note: the same photograph is both for training and for validation: '
             f'{len(repeated)} times, for example {repeated[0]}')
 
 
 def show_sample(axes, img, title):
-    """Shows an image of a dataset, such as train_set[100], on matplotlib axes."""
+    """Shows an image (3, H, W), BGR, such as that of train_set[100], on matplotlib axes."""
     if img.is_floating_point():
         # In the range that it has: after Normalize, that is not 0..1.
         img = (img - img.min()) / (img.max() - img.min())
@@ -257,17 +262,19 @@ def show_sample(axes, img, title):
 
 
 def show_classes(axes, train_set, classes):
-    """A picture with a column for each of at most 20 classes that have images: at the top the first
-    image of the class, and under it the same image, augmented four times."""
+    """A picture with a column for each class that has images: at the top the first image of the
+    class, and under it the same image, augmented four times. Of 20 classes at most, as more would
+    be too small to see."""
     plain_set = ImgDataset(train_set.x, train_set.y, test_transform)
     labels = train_set.y.unique().tolist()[:20]
-    first = [torch.nonzero(train_set.y == label)[0].item() for label in labels]
-    images = [dataset[index][0] for dataset in (plain_set, *[train_set] * 4) for index in first]
-    # Between the images are 8 pixels, as bright as the brightest one in them.
-    brightest = torch.stack(images).max().item()
-    grid = make_grid(images, nrow=len(labels), padding=8, pad_value=brightest)
+    indices = [torch.nonzero(train_set.y == label)[0].item() for label in labels]
+    rows = [plain_set, train_set, train_set, train_set, train_set]
+    images = [dataset[index][0] for dataset in rows for index in indices]
+    # White gaps between the images, which are uint8, or float32 in any range.
+    gap, white = 8, torch.stack(images).max().item()
+    grid = make_grid(images, nrow=len(labels), padding=gap, pad_value=white)
     show_sample(axes, grid, '')
-    middles = [4 + (image_size + 8) * (column + 0.5) for column in range(len(labels))]
+    middles = [gap / 2 + (image_size + gap) * (column + 0.5) for column in range(len(labels))]
     axes.set_xticks(middles, [f'{label} {classes[label]}' for label in labels], rotation=40,
                     ha='left', rotation_mode='anchor')
     axes.xaxis.tick_top()
@@ -289,14 +296,17 @@ def show_preview(train_set, index, classes, file=None):
         figure.set_layout_engine('constrained')
         left, right = figure.subplots(1, 2, width_ratios=(1, 4))
         img, label = train_set[index]
-        show_sample(left, img, f'train_set[{index}]\n{label}: {classes[label]}')
+        name = textwrap.fill(f'{label}: {classes[label]}', 20)
+        show_sample(left, img, f'train_set[{index}]\n{name}')
         show_classes(right, train_set, classes)
-        # Which window system shows the figure. None: it is no window.
+        # None: no window system shows this figure.
         if figure.canvas.required_interactive_framework is not None:
             # block: also in IPython, where show would return at once.
             plt.show(block=True)
         else:
             file = os.path.abspath(file or 'chapter2_1_data.png')
+            # The layout finds room for long names only when it is drawn a second time.
+            figure.draw_without_rendering()
             figure.savefig(file, format='png')
             say(f'picture written to {file}')
         plt.close(figure)
@@ -326,13 +336,12 @@ def picture_settings():
 
 ADVICE = ('food-11/README.md says where to get photographs, and how to arrange them; --demo draws '
           'some')
-NO_IMAGE = 'cannot be read as an image; repair, rename or delete it'
 
 # How names begin that Linux, macOS, Windows and Synology's disks give, and not a person.
 HIDDEN = ('.', '__MACOSX', '@eaDir', 'lost+found', '$RECYCLE.BIN', 'System Volume Information')
 
-# How the names of other things end that lie among photographs, the picture of this script as well.
-# A list of the endings that photographs have would leave out some, and nobody would notice.
+# So end the names of other files that lie among photographs, such as this script's picture. A list
+# of the endings that photographs have would leave out some, and nobody would notice.
 NO_PHOTOGRAPHS = ('.csv', '.json', '.md', '.txt', '.zip', '.avi', '.mov', '.mp4', '.aae', '.xmp',
                   '.db', '.ini', 'icon\r', 'chapter2_1_data.png')
 
@@ -353,12 +362,16 @@ def find_photographs(folder):
     of pairs (file, label). Raises UserError if the folder holds something else.
     """
     folder = Path(folder).absolute()
+    if not os.path.isdir(folder):
+        raise UserError(f'there is no folder {folder}; {ADVICE}')
     parts = find_parts(folder)
     if parts is not None:
         train_dir, val_dir = parts
         train_images, val_images = list_images(train_dir), list_images(val_dir)
-        # If the photographs lie in training itself, the classes are those of food-11.
-        classes = class_names(train_images, train_dir) or CLASSES
+        classes = class_names(train_images, train_dir)
+        # If most photographs lie in training itself, and not in folders within it:
+        if 2 * sum(file.parent == train_dir for file in train_images) >= len(train_images):
+            classes = CLASSES
         train_files = labelled_files(train_images, train_dir, classes)
         val_files = labelled_files(val_images, val_dir, classes)
     else:
@@ -369,8 +382,8 @@ def find_photographs(folder):
         train_files = [pair for pair in files if not is_for_validation(pair[0], folder)]
         val_files = [pair for pair in files if is_for_validation(pair[0], folder)]
 
-    untrained = {label for _, label in val_files} - {label for _, label in train_files}
-    lacking = [f'training of {classes[label]}' for label in sorted(untrained)]
+    only_val = {label for _, label in val_files} - {label for _, label in train_files}
+    lacking = [f'training of {classes[label]}' for label in sorted(only_val)]
     if not val_files:
         lacking.append('validation')
     if len(classes) < 2:
@@ -382,16 +395,15 @@ def find_photographs(folder):
 
 def find_parts(folder):
     """The folders for training and for validation in a data folder, or None if one is missing."""
-    train_dirs = [folder / name for name in ('training', 'train') if os.path.isdir(folder / name)]
-    val_dirs = [folder / name for name in ('validation', 'val', 'valid')
-                if os.path.isdir(folder / name)]
-    if train_dirs and val_dirs:
-        return train_dirs[0], val_dirs[0]
+    for train_name, val_name in itertools.product(('training', 'train'),
+                                                  ('validation', 'val', 'valid')):
+        if os.path.isdir(folder / train_name) and os.path.isdir(folder / val_name):
+            return folder / train_name, folder / val_name
     return None
 
 
 def list_images(folder):
-    """The photographs in a folder, and in the folders within it, as sorted Paths.
+    """The files below a folder that may be photographs, as sorted Paths.
 
     Links are followed, but no folder is listed twice, however many links lead to it. Raises OSError
     if a folder cannot be listed.
@@ -401,12 +413,14 @@ def list_images(folder):
     # So a folder is listed in its own place, and not in that of a link which lies deeper.
     folders = [Path(folder)]
     for parent in folders:
-        names = os.listdir(parent)
-        # A folder with a last.pt is that of a run, and holds no photographs.
-        if parent.resolve() in listed or 'last.pt' in names:
+        if parent.resolve() in listed:
             continue
         listed.add(parent.resolve())
-        for name in sorted(names):
+        names = sorted(os.listdir(parent))
+        if 'last.pt' in names:
+            # The folder of a run holds no photographs, but pictures.
+            continue
+        for name in names:
             if name.startswith(HIDDEN):
                 continue
             if os.path.isdir(parent / name):
@@ -447,7 +461,7 @@ def labelled_files(image_files, folder, classes):
     unlabelled = {Path(folder, file.relative_to(folder).parts[0])
                   for file, label in files if label is None}
     refuse_files(unlabelled, f'has no label: it is neither in the folder of a class '
-                 f'({", ".join(classes[:11])}) nor, for food-11, named as 3_17.jpg with a label '
+                 f'({", ".join(classes)}) nor, for food-11, named as 3_17.jpg with a label '
                  'from 0 to 10; rename, move or delete it')
     return files
 
@@ -468,7 +482,8 @@ def refuse_unless_classes(classes, folder):
     """Raises UserError if the folders with photographs in `folder`, which are called `classes`, are
     no classes: if there are fewer than two, if all are called like parts of a data set, or if
     another folder was probably meant."""
-    # food-11 instead of food-11/training; or food-11/food-11, as a zip file was unpacked there.
+    # Typed food-11, meant food-11/food-11, as a zip file was unpacked there; or typed
+    # food-11/training, meant food-11.
     meant = [other for other in sorted(folder.iterdir()) if find_parts(other)]
     if folder in (find_parts(folder.parent) or ()):
         meant.append(folder.parent)
@@ -478,8 +493,8 @@ def refuse_unless_classes(classes, folder):
         if meant:
             advice = f'did you mean --data-dir "{meant[0]}"?'
         found = ', '.join(classes) or 'none'
-        raise UserError(f'{folder} holds neither training and validation nor a folder for each of '
-                        f'at least two classes (folders with photographs: {found}); {advice}')
+        raise UserError(f'{folder} cannot be the data folder (folders with photographs: {found}); '
+                        f'{advice}')
 
 
 def as_text(name):
@@ -515,7 +530,7 @@ def progress_bar(items, title):
     on_terminal = isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr.isatty()
     # Jupyter, Spyder and VS Code run Python in an ipykernel.
     in_notebook = 'ipykernel' in sys.modules
-    return tqdm(items, title, leave=False, disable=not on_terminal and not in_notebook)
+    return tqdm(items, title, leave=False, disable=not (on_terminal or in_notebook))
 
 
 class UserError(Exception):
@@ -550,8 +565,7 @@ def run_script(main):
     # cv2.utils.logging (OpenCV 5) or in cv2 (OpenCV 4).
     getattr(cv2.utils, 'logging', cv2).setLogLevel(0)
     # SIGTERM, with which systems end a program, does what Ctrl-C does.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except UserError as error:
@@ -569,10 +583,10 @@ def run_script(main):
         say('interrupted', sys.stderr)
         sys.exit(130)  # the usual status after Ctrl-C
     finally:
+        # If `say` could not print something, Python would try again at its end, and complain.
         try:
             print(end='', flush=True)
         except OSError:
-            # What `say` could not print is still there. Python would complain about it at its end.
             sys.stdout = None
 
 

@@ -215,7 +215,7 @@ def accuracy_and_loss(correct, loss_sum, image_count):
 # photographs of ten dishes, it was right for 99% of those for training, and for 59% of those for
 # validation. With --recipe better, train_run trains this network on the images of better_transform
 # (chapter2_1_data.py), with what is in this section. Then it was right for 84% of these images, and
-# for 72% of the photographs for validation. See .github/results.md.
+# for 72% of the photographs for validation. See .github/curves.png.
 
 # Used by choose_options, like demo_options.
 better_options = {'batch_size': 64}
@@ -260,18 +260,18 @@ def main(arguments=None):
     if world_size > 1:
         distributed.init_process_group(distributed.get_default_backend_for_device(device))
     if args.demo and rank == 0:
+        # The other processes wait in open_run.
         make_demo()
-    # checkpoint: the state of a run that is continued, or None.
     with open_run(args.out, args.resume) as (folder, checkpoint):
         options = choose_options(args, checkpoint)
         dtype = pick_precision(device, options.no_amp)
-        workers = pick_workers(options.workers, device)
+        workers = pick_workers(args.workers, device)
         note(f'device {device_name(device)}, precision {str(dtype).removeprefix("torch.")}, '
              f'loader workers {workers}, processes {world_size}')
         note(f'the folder of the run is {folder}')
         train_run(options, device, dtype, workers, folder, checkpoint)
     if world_size > 1:
-        # Without this pause, PyTorch 2.6 sometimes waits for itself forever.
+        # Without this pause, PyTorch 2.6, the oldest of requirements.txt, sometimes hangs.
         time.sleep(1)
         distributed.destroy_process_group()
 
@@ -283,13 +283,14 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
     options: what choose_options returns. dtype: the precision. workers: loader workers.
     folder: where the run is saved. checkpoint: the state of a run that is continued, or None.
     """
-    # The data (section 2.2). With several processes, each trains on its share of the photographs,
-    # with its share of a batch. The shares are equal, so that all take as many training steps.
+    # The data (section 2.2)
     classes, train_files, val_files = find_photographs(options.data_dir)
     note(f'{len(classes)} classes, {len(train_files)} photographs for training, '
          f'{len(val_files)} for validation')
-    shared = len(train_files) // world_size * world_size
-    train_x, train_y = readfile(train_files[rank:shared:world_size])
+    # With several processes, each trains on a share of the photographs. The shares are equal, so
+    # that all take as many steps. Each reads all of val_x, as process 0 needs it at the end.
+    equal = len(train_files) // world_size * world_size
+    train_x, train_y = readfile(train_files[rank:equal:world_size])
     val_x, val_y = readfile(val_files)
     train_set = ImgDataset(train_x, train_y, train_transform)
     val_set = ImgDataset(val_x[rank::world_size], val_y[rank::world_size], test_transform)
@@ -301,7 +302,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
                       'persistent_workers': workers > 0, 'pin_memory': device.type == 'cuda'}
     train_loader = DataLoader(train_set, shuffle=True, **loader_options)
     val_loader = DataLoader(val_set, shuffle=False, **loader_options)
-    if len(train_loader) < 8:
+    if len(train_loader) < 8 and options.batch_size > 16:
         note(f'an epoch has only {len(train_loader)} training steps: with so few photographs, '
              '--batch-size 16 --lr 0.0001 trains better')
 
@@ -333,7 +334,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
         best_acc_then = history[best_epoch - 1]['val_acc']
         if best_acc != best_acc_then:
             note(f'the validation accuracy of the best epoch is {best_acc:.6f} now, and was '
-                 f'{best_acc_then:.6f}: the photographs, the device or the precision are others')
+                 f'{best_acc_then:.6f}: the photographs for validation are others, or the computer')
     if len(history) >= options.epochs:
         note(f'all {options.epochs} epochs are done; --epochs N trains longer')
 
@@ -341,6 +342,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
     parallel_model = model
     if world_size > 1:
         parallel_model = DistributedDataParallel(model)
+    # What is saved at the end if all epochs are done already.
     state = checkpoint
     saved_time = time.monotonic()
     for epoch in range(len(history) + 1, options.epochs + 1):
@@ -358,7 +360,8 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
         train_acc, train_loss = train_epoch(parallel_model, progress(train_loader, title),
                                             training_loss, optimizer, autocast, scaler)
         if world_size > 1:
-            # The batch norm of each process has seen other images: that of process 0 is kept.
+            # DDP does this before each step, but not after the last one: all processes take the
+            # batch norm statistics of process 0.
             for buffer in model.buffers():
                 distributed.broadcast(buffer, 0)
         val_acc, val_loss = evaluate(model, progress(val_loader, f'{title} validation'),
@@ -370,9 +373,8 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
                 f'Loss: {train_loss:.6f} | Val Acc: {val_acc:.6f} loss: {val_loss:.6f}')
         # Not in the book: the history, the best epoch, and all that is saved.
         if not math.isfinite(train_loss + val_loss):
-            raise UserError('the loss is not a finite number: give a lower --lr, or --no-amp if '
-                            'the precision was not float32, to a new run, or to this one when '
-                            'you continue it')
+            raise UserError('the loss is not a finite number: continue, or start again, with a '
+                            'lower --lr, or with --no-amp if the precision was not float32')
         # A row of history.csv; more columns can be added.
         history.append({'epoch': epoch, 'seconds': seconds, 'train_acc': train_acc,
                         'train_loss': train_loss, 'val_acc': val_acc, 'val_loss': val_loss})
@@ -380,11 +382,12 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
             best_acc, best_epoch = val_acc, epoch
             best_model = copy.deepcopy(model.state_dict())
         state = {'model': model.state_dict(), 'best_model': best_model, 'best_epoch': best_epoch,
-                 'optimizer': optimizer.state_dict(), 'optimizer_kind': type(optimizer).__name__,
+                 'optimizer': optimizer.state_dict(), 'optimizer_kind': optimizer_kind(optimizer),
                  'scaler': scaler.state_dict(), 'history': history,
                  'options': {name: getattr(options, name) for name in book_options},
                  # What must be the same when the weights are used again:
                  'required': requirements(model, classes)}
+        # The first epoch is saved at once: who stops a run in its first minute can continue it.
         if epoch == 1 or time.monotonic() - saved_time >= save_seconds:
             saved_time = time.monotonic()
             try:
@@ -392,8 +395,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
             except UserError as error:
                 note(f'{error}; the next saving makes up for it')
 
-    # Not in the book: what the best epoch's weights have learned. If there was nothing to train,
-    # the state is still that of the checkpoint.
+    # Not in the book: the last saving, and what the best epoch's weights have learned.
     save_run(folder, state)
     if rank == 0:
         model.load_state_dict(best_model)
@@ -414,35 +416,36 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
 # ---- Command line ----------------------------------------------------------------------------
 
 def parse_arguments(arguments):
-    """Returns what is on the command line. Options that are saved with a run are only there if they
-    are typed: choose_options knows the others. --demo sets data_dir, as if it had been typed."""
+    """Returns what is on the command line. Options that are saved with a run are None if they are
+    not typed: choose_options knows their values. --demo sets data_dir, as if it had been typed."""
     # --help begins with the text at the top of this file.
     parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser, argparse.SUPPRESS)
-    parser.add_argument('--recipe', choices=['book', 'better'], default=argparse.SUPPRESS,
-                        help="how to train: as the book does, or with better's augmentation, batch "
-                        'size, loss, optimizer and learning rates (default: book)')
-    parser.add_argument('--epochs', type=int, metavar='N', default=argparse.SUPPRESS,
+    add_data_arguments(parser)
+    demo, better = demo_options, better_options
+    parser.add_argument('--recipe', choices=['book', 'better'],
+                        help="train as the book does, or with better's augmentation, batch size, "
+                        'loss, optimizer and learning rates (default: book)')
+    parser.add_argument('--epochs', type=int, metavar='N',
                         help='how many times to train on all training images '
-                        f'(default: {num_epoch}; with --demo {demo_options["epochs"]})')
-    parser.add_argument('--batch-size', type=int, metavar='N', default=argparse.SUPPRESS,
+                        f'(default: {num_epoch}; with --demo {demo["epochs"]})')
+    parser.add_argument('--batch-size', type=int, metavar='N',
                         help='images in a training step, of all processes together (default: '
-                        f'{batch_size}; with --recipe better {better_options["batch_size"]}; '
-                        f'with --demo {demo_options["batch_size"]})')
-    parser.add_argument('--lr', type=float, metavar='X', default=argparse.SUPPRESS,
+                        f'{batch_size}; with --recipe better {better["batch_size"]}; with --demo '
+                        f'{demo["batch_size"]})')
+    parser.add_argument('--lr', type=float, metavar='X',
                         help='learning rate; with --recipe better, the highest one '
-                        f'(default: {learning_rate}; with --demo {demo_options["lr"]})')
-    parser.add_argument('--seed', type=int, metavar='N', default=argparse.SUPPRESS,
+                        f'(default: {learning_rate}; with --demo {demo["lr"]})')
+    parser.add_argument('--seed', type=int, metavar='N',
                         help='on the CPU, a run with the same seed gives the same results '
                         f'(default: {book_options["seed"]})')
-    parser.add_argument('--no-amp', action='store_true', default=argparse.SUPPRESS,
+    parser.add_argument('--no-amp', action='store_true', default=None,
                         help='no automatic mixed precision: compute with 32 bits (default: with '
                         '16 bits where that is faster)')
     parser.add_argument('--workers', type=int, metavar='N',
                         help='processes that prepare training batches, and as many for validation; '
-                        '0: the training process does it (default: for a GPU the number of CPU '
-                        'cores, at most 8, on Windows and macOS 2; on the CPU 0)')
+                        '0: the training process does it (default: for a GPU as many as CPU cores, '
+                        'at most 8, on Windows and macOS 2; on the CPU 0)')
     parser.add_argument('--device', metavar='NAME',
                         help='cuda, cuda:1, mps, xpu or cpu (default: a GPU if PyTorch finds one)')
     parser.add_argument('--out', type=path_argument, metavar='DIR',
@@ -450,15 +453,13 @@ def parse_arguments(arguments):
     parser.add_argument('--resume', action='store_true',
                         help='continue the run in --out, or start it if there is none yet')
     parser.add_argument('--predict', nargs='+', type=path_argument, metavar='PATH',
-                        help='predict the classes of photographs with the run in --out; for a '
-                        'folder, write them into predict.csv and predict_names.csv, and print the '
-                        'accuracy if the photographs are named or arranged like those for training')
+                        help='predict the classes of photographs with the run in --out; those of a '
+                        'folder are written into predict.csv and predict_names.csv, with their '
+                        'accuracy if they are named or arranged like those for training')
     parser.add_argument('--dreams', action='store_true',
-                        help='write dreams.png: what the classes look like to the network of the '
-                        'run in --out')
+                        help='dreams.png: what the classes look like to the network in --out')
     parser.add_argument('--features', type=path_argument, metavar='PHOTO',
-                        help='write features.png: the strongest feature maps of each block of the '
-                        'network of the run in --out, for a photograph')
+                        help='features.png: the strongest feature maps of the network in --out')
     parser.add_argument('--checkpoint', default='best.pt', metavar='NAME',
                         help='the file in --out that --predict, --dreams and --features use '
                         '(default: %(default)s)')
@@ -467,7 +468,7 @@ def parse_arguments(arguments):
         parser.error('--resume, --predict, --dreams and --features need the folder of a run: '
                      '--out DIR')
     for name, lowest in {'epochs': 1, 'batch_size': 1, 'lr': 0, 'seed': 0, 'workers': 0}.items():
-        value = getattr(args, name, None)
+        value = getattr(args, name)
         # Written with "not", so that nan is refused as well.
         if value is not None and not value >= lowest:
             parser.error(f'--{name.replace("_", "-")} {value}: must be at least {lowest}')
@@ -480,8 +481,8 @@ def choose_options(args, checkpoint=None):
     """The options of a run: those that are typed, or else those that the run has saved, or else
     those of the demo, of the better recipe, or of the book. (No option switches a saved --no-amp
     off.) Raises UserError if the processes cannot share a batch."""
-    # Each map is asked only if those before it do not have an option.
-    options = ChainMap(vars(args))
+    # An option is taken from the first map that has it.
+    options = ChainMap({name: value for name, value in vars(args).items() if value is not None})
     if checkpoint is not None:
         options.maps.append(checkpoint['options'])
     if args.demo:
@@ -624,28 +625,31 @@ def open_run(out, resume):
     # The lock is a file in the system's folder for temporary files, because network drives such as
     # Google Drive have no reliable locks.
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    lock = FileLock(os.path.join(tempfile.gettempdir(), f'food-11-{name}.lock'))
+    lock_file = os.path.join(tempfile.gettempdir(), f'food-11-{name}.lock')
     try:
-        with lock.acquire(timeout=0):
-            opened = [folder, find_checkpoint(folder, resume)]
-            if world_size > 1:
-                distributed.broadcast_object_list(opened)
-            yield opened
+        lock = FileLock(lock_file).acquire(timeout=0)
     except Timeout:
         raise UserError(f'{folder} is in use by another run: wait until that has ended, or choose '
                         'a different --out') from None
-    except BaseException:
-        if (folder / 'last.pt').exists():
-            # In a thread, because a second Ctrl-C cannot interrupt a thread.
-            thread = threading.Thread(target=note, args=[
-                f'continue with: python "{os.path.abspath(__file__)}" --out "{folder}" --resume'])
-            thread.start()
-            thread.join()
-        raise
-    finally:
-        # Only an empty folder can be removed: it is not left behind.
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+    with lock:
+        opened = [folder, find_checkpoint(folder, resume)]
+        if world_size > 1:
+            distributed.broadcast_object_list(opened)
+        try:
+            yield opened
+        except BaseException:
+            if (folder / 'last.pt').exists():
+                # In a thread, because a second Ctrl-C cannot interrupt a thread.
+                script = os.path.abspath(__file__)
+                thread = threading.Thread(target=note, args=[
+                    f'continue with: python "{script}" --out "{folder}" --resume'])
+                thread.start()
+                thread.join()
+            raise
+        finally:
+            # Only an empty folder can be removed: it is not left behind.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def find_checkpoint(folder, resume):
@@ -660,6 +664,7 @@ def find_checkpoint(folder, resume):
     if not resume or 'last.pt' not in files:
         raise UserError(f'{folder} already holds files, such as {files[0]}: choose a different '
                         '--out. (--resume continues a run, if its last.pt is there)')
+    # Best weights, in the place of a last.pt, would have no optimizer.
     return load_checkpoint(folder / 'last.pt', 'optimizer_kind')
 
 
@@ -700,16 +705,15 @@ def write(path, content):
     else:
         text = io.StringIO()
         if path.suffix == '.csv':
-            # Rows may lack columns that were added to the script since, or have some that were
-            # removed: restval='' leaves a gap, extrasaction='ignore' leaves the rest out.
-            table = csv.DictWriter(text, fieldnames=list(content[-1]), restval='',
-                                   extrasaction='ignore', lineterminator='\n')
+            # Older rows may lack new columns of the script: restval='' leaves a gap. Or they have
+            # more columns: extrasaction='ignore' leaves these out.
+            table = csv.DictWriter(text, list(content[-1]), restval='', extrasaction='ignore',
+                                   lineterminator='\n')
             table.writeheader()
             table.writerows(content)
         else:
             json.dump(content, text, indent=1, ensure_ascii=False)
-        # surrogateescape: Linux allows file names that are not Unicode. They are written as they
-        # are.
+        # surrogateescape: names of files that are not Unicode, on Linux, are written as they are.
         file_bytes.write(text.getvalue().encode(errors='surrogateescape'))
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
@@ -786,27 +790,25 @@ def load_weights(model, checkpoint, path, classes):
                         f'those of the network {type(model).__name__} now; {cure}') from None
 
 
+def optimizer_kind(optimizer):
+    """What must be the same when an optimizer is continued: the name of its class, and the shapes
+    of the parameters in each of its groups."""
+    return [type(optimizer).__name__,
+            [[list(parameter.shape) for parameter in group['params']]
+             for group in optimizer.param_groups]]
+
+
 def load_optimizer(optimizer, scaler, checkpoint, path):
     """Puts the saved states of the optimizer, such as Adam's averages, and of the scaler into them.
-    The optimizer's options, such as a lower --lr, are still those of the script and the command
-    line. Raises UserError, naming `path`, if another optimizer or other parameters are saved."""
-    saved, state_dict = checkpoint['optimizer'], optimizer.state_dict()
-    kind = type(optimizer).__name__
-    groups_then, groups_now = ([group['params'] for group in part['param_groups']]
-                               for part in (saved, state_dict))
-    fits = checkpoint['optimizer_kind'] == kind and groups_then == groups_now
-    if fits:
-        optimizer.load_state_dict({**state_dict, 'state': saved['state']})
-        # What is saved for a parameter has its shape, or is a number, such as that of steps. With
-        # another shape, PyTorch would write beyond its memory.
-        fits = all(value.shape in (parameter.shape, ())
-                   for parameter, values in optimizer.state.items()
-                   for value in values.values() if torch.is_tensor(value))
-    if not fits:
-        raise UserError(f'{path} is incompatible: its optimizer was '
-                        f'{checkpoint["optimizer_kind"]}, now it is {kind}, or trains other '
-                        'parameters; give the same --recipe, undo this change, or start a new run '
-                        'in a different folder')
+    Raises UserError, naming `path`, if another kind of optimizer is saved."""
+    # PyTorch does not compare shapes. With other ones, it would write beyond its memory.
+    if checkpoint['optimizer_kind'] != optimizer_kind(optimizer):
+        raise UserError(f'{path} is incompatible: its optimizer was another one than '
+                        f'{type(optimizer).__name__}, or trained other parameters; give the same '
+                        '--recipe, undo this change, or start a new run in a different folder')
+    # The optimizer's options stay those of the script and the command line: so a lower --lr or an
+    # edited weight decay takes effect.
+    optimizer.load_state_dict({**optimizer.state_dict(), 'state': checkpoint['optimizer']['state']})
     # Empty if the run has not computed with float16.
     if checkpoint['scaler']:
         scaler.load_state_dict(checkpoint['scaler'])
@@ -887,11 +889,11 @@ def draw_confusion(counts, classes):
 
 
 def draw_images(images, titles, heading):
-    """Images, RGB (N, 128, 128, 3) or grey (N, H, W), at most eight in a row, with their titles."""
+    """Images, RGB (H, W, 3) or grey (H, W), at most eight in a row, with their titles."""
     columns = max(1, min(len(images), 8))
     rows = max(1, math.ceil(len(images) / columns))
     figure = new_figure(1.6 * columns, 2.4 * rows + 0.5)
-    figure.suptitle(textwrap.fill(heading, 20 * columns))
+    figure.suptitle(textwrap.fill(heading, 20 * columns), fontsize=10)
     for i, (image, title) in enumerate(zip(images, titles)):
         axes = figure.add_subplot(rows, columns, i + 1)
         axes.set_axis_off()
@@ -983,7 +985,7 @@ def use_run(args, device):
             write(folder / 'features.png', draw_features(model, image))
         say(f'picture written to {folder / "features.png"}')
     if args.predict:
-        # --no-amp and --batch-size are those typed now, not those of the run.
+        # --no-amp and --batch-size are those of this command, not those of the run.
         options = choose_options(args)
         autocast, _ = mixed_precision(device, pick_precision(device, options.no_amp))
         predict(args.predict, model, classes, folder, options.batch_size, autocast)
@@ -997,10 +999,8 @@ def predict(paths, model, classes, run_folder, batch_size, autocast):
     Raises UserError at the end if some files are no images; it names them. A file that cannot be
     opened ends it at once, with OSError.
     """
-    # Windows does not replace a pattern such as *.jpg by names, as Linux and macOS do. A name that
-    # exists is no pattern.
-    paths = [found for path in paths
-             for found in glob.glob(glob.escape(path)) or sorted(glob.glob(path)) or [path]]
+    # Windows does not replace a pattern such as *.jpg by names, as Linux and macOS do.
+    paths = [found for path in paths for found in sorted(glob.glob(path)) or [path]]
     folders = [path for path in paths if os.path.isdir(path)]
     if folders and len(paths) > 1:
         raise UserError('--predict takes photographs, or one folder, as predict.csv is one table')
@@ -1023,7 +1023,7 @@ def predict(paths, model, classes, run_folder, batch_size, autocast):
     probabilities = predict_probabilities(model, x, batch_size, autocast)
     # Those of files that are no images, which are black in x, go again.
     predictions = {file: row for file, row in zip(files, probabilities) if file not in bad_files}
-    if folders:
+    if folders and predictions:
         say(f'{folders[0]}: {len(predictions)} of {len(files)} photographs predicted, in '
             f'{run_folder / "predict.csv"}')
         print_test_accuracies(predictions, classes, Path(folders[0]), run_folder)
@@ -1044,12 +1044,12 @@ def print_test_accuracies(predictions, classes, folder, run_folder):
     labels = {file: label_of(file, folder, classes) for file in predictions}
     unlabelled = [file for file, label in labels.items() if label is None]
     if unlabelled:
-        say(f'no accuracy, because {len(unlabelled)} of {len(labels)} photographs have no label, '
-            f'for example {unlabelled[0]}', sys.stderr)
+        note(f'no accuracy, because {len(unlabelled)} of {len(labels)} photographs have no label, '
+             f'for example {unlabelled[0]}')
         return
     counted = [file for file in predictions if not has_trained(file, folder, run_folder)]
     if not counted:
-        say('no accuracy, because all these photographs have trained the network', sys.stderr)
+        note('no accuracy, because all these photographs have trained the network')
         return
     heading = 'labels from the names'
     if len(counted) < len(labels):
@@ -1061,7 +1061,7 @@ def print_test_accuracies(predictions, classes, folder, run_folder):
 
 
 def has_trained(file, folder, run_folder):
-    """Whether a photograph in `folder` is one of those on which the run has trained."""
+    """Whether a photograph in `folder` lies among those that the run takes for training."""
     settings = run_folder / 'settings.json'
     if not settings.exists():
         return False
@@ -1109,8 +1109,7 @@ def feature_maps(model, image):
     depends on. Raises UserError if the network has no `convolution`.
     """
     if not hasattr(model, 'convolution'):
-        raise UserError('--features draws a network whose layers are in `convolution`, as those of '
-                        f'Classifier; {type(model).__name__} has none')
+        raise UserError('--features needs a network with `convolution`, as Classifier has it')
     model.eval()
     device = next(model.parameters()).device
     x = convert_image_dtype(test_transform(image)).unsqueeze(0).to(device)
@@ -1178,7 +1177,7 @@ def dream(model, class_count, steps=100):
         objective = log_y.sum() - c * x.abs().sum()
         # Only the images get a gradient, and not the weights. An optimizer makes its objective
         # small, so it gets the negative.
-        x.grad, = torch.autograd.grad(-objective, x)
+        x.grad = torch.autograd.grad(-objective, x)[0]
         optimizer.step()
         with torch.no_grad():
             if step % 4 == 0 and step < steps - 10:

@@ -49,37 +49,34 @@ class Scripts:
 
     def run(self, *arguments, script='chapter2_2_train.py', before=(), **options):
         """before: a command that starts the script."""
-        options = {'cwd': self.cwd, 'timeout': 300, 'stdin': subprocess.DEVNULL, **options}
+        options = {'cwd': self.cwd, 'timeout': 300, 'stdin': subprocess.DEVNULL,
+                   'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **options}
         return subprocess.run([*before, *self.command(*arguments, script=script)],
-                              capture_output=True, encoding='utf-8', **options)
+                              encoding='utf-8', **options)
 
     def call(self, *arguments, main=None, stderr=None):
         main = main or self.train.main
         # Streams as Python makes them: run_script changes how stdout is encoded.
         out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8', newline='') for _ in range(2))
-        patches = pytest.MonkeyPatch()
-        patches.chdir(self.cwd)
-        # At its end, a script leaves signals as they are, because its process ends too.
-        handlers = [(number, signal.getsignal(number))
-                    for number in (signal.SIGINT, signal.SIGTERM)]
+        folder = os.getcwd()
+        os.chdir(self.cwd)
+        # At its end, a script leaves this signal as it is, because its process ends too.
+        handler = signal.getsignal(signal.SIGTERM)
         code = 0
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(stderr or err):
-                self.data.run_script(lambda: main([str(argument) for argument in arguments]))
+                self.data.run_script(lambda: main(list(map(str, arguments))))
         except SystemExit as stop:
             code = stop.code
             if isinstance(code, str):
                 print(code, file=err)
                 code = 1
         finally:
-            patches.undo()
-            for number, handler in handlers:
-                signal.signal(number, handler)
-        texts = []
+            os.chdir(folder)
+            signal.signal(signal.SIGTERM, handler)
         for stream in (out, err):
             stream.seek(0)
-            texts.append(stream.read())
-        return SimpleNamespace(returncode=code or 0, stdout=texts[0], stderr=texts[1])
+        return SimpleNamespace(returncode=code or 0, stdout=out.read(), stderr=err.read())
 
 
 def import_scripts(folder):

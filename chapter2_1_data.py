@@ -584,10 +584,11 @@ def run_script(main):
         sys.exit(130)  # the usual status after Ctrl-C
     finally:
         # If `say` could not print something, Python would try again at its end, and complain.
-        try:
-            print(end='', flush=True)
-        except OSError:
-            sys.stdout = None
+        for name in ('stdout', 'stderr'):
+            try:
+                print(end='', file=getattr(sys, name), flush=True)
+            except OSError:
+                setattr(sys, name, None)
 
 
 if __name__ == '__main__':

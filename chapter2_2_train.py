@@ -999,12 +999,16 @@ def predict(paths, model, classes, run_folder, batch_size, autocast):
     Raises UserError at the end if some files are no images; it names them. A file that cannot be
     opened ends it at once, with OSError.
     """
-    # Windows does not replace a pattern such as *.jpg by names, as Linux and macOS do.
-    paths = [found for path in paths for found in sorted(glob.glob(path)) or [path]]
-    folders = [path for path in paths if os.path.isdir(path)]
-    if folders and len(paths) > 1:
+    files = []
+    for path in paths:
+        # Windows does not replace a pattern such as *.jpg by names, as Linux and macOS do.
+        matches = sorted(glob.glob(path))
+        if os.path.exists(path) or not matches:
+            matches = [path]
+        files += map(Path, matches)
+    folders = [file for file in files if os.path.isdir(file)]
+    if folders and len(files) > 1:
         raise UserError('--predict takes photographs, or one folder, as predict.csv is one table')
-    files = [Path(path) for path in paths]
     if folders:
         files = list_images(folders[0])
     if not files:
@@ -1026,8 +1030,8 @@ def predict(paths, model, classes, run_folder, batch_size, autocast):
     if folders and predictions:
         say(f'{folders[0]}: {len(predictions)} of {len(files)} photographs predicted, in '
             f'{run_folder / "predict.csv"}')
-        print_test_accuracies(predictions, classes, Path(folders[0]), run_folder)
-        write_predictions(predictions, classes, Path(folders[0]), run_folder)
+        print_test_accuracies(predictions, classes, folders[0], run_folder)
+        write_predictions(predictions, classes, folders[0], run_folder)
     else:
         for file, row in predictions.items():
             names = [f'{classes[label]} {row[label]:.1%}' for label in np.argsort(-row)[:3]]

@@ -47,12 +47,10 @@ class Scripts:
     def command(self, *arguments, script='chapter2_2_train.py'):
         return [sys.executable, str(self.folder / script), *map(str, arguments)]
 
-    def run(self, *arguments, script='chapter2_2_train.py', before=(), **options):
-        """before: a command that starts the script."""
+    def run(self, *arguments, script='chapter2_2_train.py', **options):
         options = {'cwd': self.cwd, 'timeout': 300, 'stdin': subprocess.DEVNULL,
                    'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **options}
-        return subprocess.run([*before, *self.command(*arguments, script=script)],
-                              encoding='utf-8', **options)
+        return subprocess.run(self.command(*arguments, script=script), encoding='utf-8', **options)
 
     def call(self, *arguments, main=None, stderr=None):
         main = main or self.train.main

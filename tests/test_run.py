@@ -398,6 +398,7 @@ def test_a_second_run_is_refused_and_ctrl_c_says_how_to_continue(small, few, tmp
         try:
             deadline = time.monotonic() + 60
             while not (out / 'history.csv').exists() and time.monotonic() < deadline:
+                assert process.poll() is None
                 time.sleep(.02)
             second = small.call('--out', 'link', '--resume', '--device', 'cpu', '--epochs', 1)
             # As a terminal does: the workers get it too.
@@ -450,12 +451,15 @@ def test_interrupted_before_anything_is_saved(
         signal.raise_signal(number)
 
     def slow_imdecode(*arguments):
+        # So long that all photographs wait for a thread when the signal comes.
+        time.sleep(.03)
         if next(calls) == 3:
             interrupt()
-        time.sleep(.02)
         return imdecode(*arguments)
     run = ('--data-dir', food11, '--epochs', 1, '--device', 'cpu', '--out', 'run')
     with monkeypatch.context() as patches, contextlib.ExitStack() as stack:
+        # A script that left SIGTERM to the system would end the tests as well.
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.SIG_IGN))
         if moment == 'reading':
             patches.setattr(cv2, 'imdecode', slow_imdecode)
         elif moment == 'training':

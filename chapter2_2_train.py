@@ -303,7 +303,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
     train_loader = DataLoader(train_set, shuffle=True, **loader_options)
     val_loader = DataLoader(val_set, shuffle=False, **loader_options)
     if len(train_loader) < 8 and options.batch_size > 16:
-        note(f'an epoch has only {len(train_loader)} training steps: with so few photographs, '
+        note(f'training steps in an epoch: {len(train_loader)}. With so few photographs, '
              '--batch-size 16 --lr 0.0001 trains better')
 
     # The network (section 2.3)
@@ -1073,12 +1073,10 @@ def has_trained(file, folder, run_folder):
     # The folders may be reached by links.
     run_data_dir = Path(json.loads(text)['data_dir']).resolve()
     file = folder.resolve() / file.relative_to(folder)
-    if not file.is_relative_to(run_data_dir):
-        return False
     parts = find_parts(run_data_dir)
     if parts is not None:
-        return file.is_relative_to(parts[0])
-    return not is_for_validation(file, run_data_dir)
+        return file.is_relative_to(parts[0].resolve())
+    return file.is_relative_to(run_data_dir) and not is_for_validation(file, run_data_dir)
 
 
 def write_predictions(predictions, classes, folder, run_folder):

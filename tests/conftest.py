@@ -2,7 +2,6 @@
 import contextlib
 import importlib
 import io
-import itertools
 import os
 import shutil
 import signal
@@ -44,23 +43,20 @@ class Scripts:
         self.cwd = cwd
         self.data, self.train = import_scripts(folder)
 
-    def command(self, *arguments, script='chapter2_2_train.py'):
-        return [sys.executable, str(self.folder / script), *map(str, arguments)]
-
     def run(self, *arguments, script='chapter2_2_train.py', **options):
+        command = [sys.executable, str(self.folder / script), *map(str, arguments)]
         options = {'cwd': self.cwd, 'timeout': 300, 'stdin': subprocess.DEVNULL,
                    'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **options}
-        return subprocess.run(self.command(*arguments, script=script), encoding='utf-8', **options)
+        return subprocess.run(command, encoding='utf-8', **options)
 
     def call(self, *arguments, main=None, stderr=None):
         main = main or self.train.main
-        # Streams as Python makes them: run_script changes how stdout is encoded.
+        # Streams as Python makes them.
         out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8', newline='') for _ in range(2))
-        folder = os.getcwd()
-        os.chdir(self.cwd)
-        # At its end, a script leaves this signal as it is, because its process ends too.
+        # A script does not put it back, as its process ends.
         handler = signal.getsignal(signal.SIGTERM)
-        code = 0
+        folder, code = os.getcwd(), 0
+        os.chdir(self.cwd)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(stderr or err):
                 self.data.run_script(lambda: main(list(map(str, arguments))))
@@ -93,13 +89,11 @@ def import_scripts(folder):
 def edited_copy(folder, edits):
     """Copies the scripts into `folder`; each key of `edits`, which must be there once, is replaced
     by its value."""
-    folder.mkdir(parents=True)
     shutil.copytree(ROOT / 'tests', folder / 'tests', ignore=shutil.ignore_patterns('__pycache__'))
     texts = {name: (ROOT / f'{name}.py').read_text(encoding='utf-8') for name in SCRIPTS}
     for old, new in edits.items():
-        places = [name for name in SCRIPTS if old in texts[name]]
-        assert len(places) == 1 and texts[places[0]].count(old) == 1, f'{old!r} in {places}'
-        texts[places[0]] = texts[places[0]].replace(old, new)
+        assert sum(text.count(old) for text in texts.values()) == 1, old
+        texts = {name: text.replace(old, new) for name, text in texts.items()}
     for name, text in texts.items():
         (folder / f'{name}.py').write_text(text, encoding='utf-8')
     return folder
@@ -113,7 +107,7 @@ def scripts(tmp_path):
 
 @pytest.fixture(scope='session')
 def small_folder(tmp_path_factory):
-    return edited_copy(tmp_path_factory.mktemp('small') / 'scripts', SMALL)
+    return edited_copy(tmp_path_factory.mktemp('small'), SMALL)
 
 
 @pytest.fixture
@@ -123,13 +117,10 @@ def small(small_folder, tmp_path):
 
 
 @pytest.fixture
-def edited(tmp_path):
+def edited(tmp_path, tmp_path_factory):
     """edited(edits, base) makes small scripts with further edits."""
-    numbers = itertools.count()
-
     def make(edits, base=SMALL):
-        folder = edited_copy(tmp_path / f'edited{next(numbers)}', {**base, **edits})
-        return Scripts(folder, tmp_path)
+        return Scripts(edited_copy(tmp_path_factory.mktemp('edited'), {**base, **edits}), tmp_path)
     return make
 
 
@@ -146,18 +137,18 @@ def few(tmp_path_factory):
     """One training and one validation image of each class but the eggs."""
     folder = tmp_path_factory.mktemp('few')
     draw_food11(folder, training=1, validation=1)
-    for split in ('training', 'validation'):
-        (folder / split / '3_0.jpg').unlink()
+    for eggs in folder.glob('*/3_0.jpg'):
+        eggs.unlink()
     return folder
 
 
 @pytest.fixture(scope='session')
 def finished(small_folder, few, tmp_path_factory):
     """The folder of an uninterrupted run of 3 epochs, and what it printed. Not to be changed."""
-    folder = tmp_path_factory.mktemp('finished')
-    done = Scripts(small_folder, folder).call('--data-dir', few, '--epochs', 3, '--batch-size', 4,
-                                              '--device', 'cpu', '--out', 'run')
-    return folder / 'run', done
+    scripts = Scripts(small_folder, tmp_path_factory.mktemp('finished'))
+    done = scripts.call('--data-dir', few, '--epochs', 3, '--batch-size', 4, '--device', 'cpu',
+                        '--out', 'run')
+    return scripts.cwd / 'run', done
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ demo_dir = './food-11-demo'
 CLASSES = ['Bread', 'Dairy product', 'Dessert', 'Egg', 'Fried food', 'Meat',
            'Noodles-Pasta', 'Rice', 'Seafood', 'Soup', 'Vegetable-Fruit']
 
-# What an error says about a file, after its name.
+# What an error says about a damaged file, after its name.
 NO_IMAGE = 'cannot be read as an image; repair, rename or delete it'
 
 # Width and height in pixels. The first Linear layer in chapter2_2_train.py depends on it.
@@ -49,7 +49,6 @@ batch_size = 128
 
 def readfile(path, classes=CLASSES):
     """Reads photographs and their labels (section 2.2).
-
     path: a folder such as food-11/training, as in the book, whose classes are `classes`; or, for a
     data folder of any layout, a list of pairs (file, label) that find_photographs returns.
     Returns x, uint8 (N, 128, 128, 3), BGR, and y, the labels (N,), uint8 or, above 255, uint16.
@@ -82,7 +81,6 @@ def readfile(path, classes=CLASSES):
 
 def read_image(file):
     """Reads one photograph, and resizes it: the book's cv2.imread and cv2.resize (section 2.2).
-
     Returns uint8 (128, 128, 3), BGR, or None if the file is no image. Raises OSError if it cannot
     be opened.
     """
@@ -108,7 +106,6 @@ def read_image(file):
 class ImgDataset(Dataset):
     """Images, with labels or without (section 2.2). An item is the transformed image and its
     label, or the image alone if there are no labels.
-
     x: uint8 (N, 128, 128, 3), BGR. y: N labels, or None. transform: a function of one image.
     """
 
@@ -299,7 +296,7 @@ def show_preview(train_set, index, classes, file=None):
         name = textwrap.fill(f'{label}: {classes[label]}', 20)
         show_sample(left, img, f'train_set[{index}]\n{name}')
         show_classes(right, train_set, classes)
-        # None: no window system shows this figure.
+        # Not None: a window system shows this figure.
         if figure.canvas.required_interactive_framework is not None:
             # block: also in IPython, where show would return at once.
             plt.show(block=True)
@@ -316,8 +313,8 @@ def show_preview(train_set, index, classes, file=None):
 def picture_settings():
     """matplotlib's settings for our pictures, which hold within a with-block: its defaults, and
     Chinese characters."""
-    # A script that a notebook has started with ! inherits the notebook's backend. It shows nothing
-    # there, and importing matplotlib fails if it is not installed. So this must come first.
+    # A script that a notebook has started with ! inherits the notebook's backend, which shows
+    # nothing there. If that backend is not installed, importing matplotlib fails.
     if 'inline' in os.environ.get('MPLBACKEND', '') and 'ipykernel' not in sys.modules:
         del os.environ['MPLBACKEND']
     from matplotlib import font_manager, style
@@ -337,17 +334,13 @@ def picture_settings():
 ADVICE = ('food-11/README.md says where to get photographs, and how to arrange them; --demo draws '
           'some')
 
-# How names begin that Linux, macOS, Windows and Synology's disks give, and not a person.
+# Beginnings of names that a system gave, and not a person.
 HIDDEN = ('.', '__MACOSX', '@eaDir', 'lost+found', '$RECYCLE.BIN', 'System Volume Information')
 
-# So end the names of other files that lie among photographs, such as this script's picture. A list
-# of the endings that photographs have would leave out some, and nobody would notice.
+# Endings of other files that lie among photographs, such as this script's picture. A list of the
+# endings that photographs have would leave out some, and nobody would notice.
 NO_PHOTOGRAPHS = ('.csv', '.json', '.md', '.txt', '.zip', '.avi', '.mov', '.mp4', '.aae', '.xmp',
                   '.db', '.ini', 'icon\r', 'chapter2_1_data.png')
-
-# What the names of the parts of a data set have in them, in lower case.
-PART_WORDS = ('train', 'val', 'test', 'dev', 'pred', 'label', '训练', '验证', '测试', '訓練',
-              '驗證', '測試')
 
 
 def find_photographs(folder):
@@ -357,7 +350,6 @@ def find_photographs(folder):
     - training and validation, with a folder for each class in both; or
     - a folder for each class. Then about a fifth of the photographs is for validation: which ones,
       depends on their names.
-
     Returns classes, the names of the labels 0, 1, ...; and train_files and val_files, sorted lists
     of pairs (file, label). Raises UserError if the folder holds something else.
     """
@@ -369,7 +361,7 @@ def find_photographs(folder):
         train_dir, val_dir = parts
         train_images, val_images = list_images(train_dir), list_images(val_dir)
         classes = class_names(train_images, train_dir)
-        # If most photographs lie in training itself, and not in folders within it:
+        # If at least half of the photographs lie in training itself:
         if 2 * sum(file.parent == train_dir for file in train_images) >= len(train_images):
             classes = CLASSES
         train_files = labelled_files(train_images, train_dir, classes)
@@ -404,13 +396,12 @@ def find_parts(folder):
 
 def list_images(folder):
     """The files below a folder that may be photographs, as sorted Paths.
-
     Links are followed, but no folder is listed twice, however many links lead to it. Raises OSError
     if a folder cannot be listed.
     """
     image_files, listed = [], set()
-    # The list grows in the loop: the folders within a folder come after all that are as high as it.
-    # So a folder is listed in its own place, and not in that of a link which lies deeper.
+    # The list grows as the loop runs, so that higher folders come first: a folder is listed in its
+    # own place, and not in that of a link which lies deeper.
     folders = [Path(folder)]
     for parent in folders:
         if parent.resolve() in listed:
@@ -468,7 +459,6 @@ def labelled_files(image_files, folder, classes):
 
 def is_for_validation(file, folder):
     """Whether a photograph that nobody has assigned to training or validation is for validation.
-
     Only its path within the data folder decides, such as Egg/17.jpg: adding or removing other
     photographs changes nothing.
     """
@@ -476,6 +466,11 @@ def is_for_validation(file, folder):
     # A number that looks random, but is always the same for a name.
     number = int(hashlib.sha256(name.encode()).hexdigest(), 16)
     return number % 5 == 4
+
+
+# What the names of the parts of a data set have in them, in lower case.
+PART_WORDS = ('train', 'val', 'test', 'dev', 'pred', 'label', '训练', '验证', '测试', '訓練',
+              '驗證', '測試')
 
 
 def refuse_unless_classes(classes, folder):
@@ -498,13 +493,9 @@ def refuse_unless_classes(classes, folder):
 
 
 def as_text(name):
-    """The name of a file or folder as a text that can be compared, drawn and printed.
-
-    macOS writes é, 김치 and パン with other characters than Windows does: NFC makes them the same.
-    Bytes that are not UTF-8, as in zip files from a Chinese Windows, become \\x and their number.
-    """
-    text = os.fsencode(name).decode(errors='backslashreplace')
-    return unicodedata.normalize('NFC', text)
+    """The name of a file or folder as a text that can be compared and drawn. macOS writes é, 김치
+    and パン with other characters than Windows does: NFC makes them the same."""
+    return unicodedata.normalize('NFC', printable(name))
 
 
 # ---- Not in the book: threads, messages, signals ---------------------------------------------
@@ -526,7 +517,7 @@ def in_threads(function, items, title):
 
 def progress_bar(items, title):
     """The items, with tqdm's progress bar on a terminal or in a notebook, but not in a file."""
-    # IDLE's window, which cannot show a bar, and pythonw's None are no TextIOWrapper.
+    # No TextIOWrapper: IDLE's window, which cannot show a bar, and pythonw's None.
     on_terminal = isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr.isatty()
     # Jupyter, Spyder and VS Code run Python in an ipykernel.
     in_notebook = 'ipykernel' in sys.modules
@@ -544,15 +535,21 @@ def refuse_files(files, problem):
     if len(paths) == 1:
         raise UserError(f'{paths[0]} {problem}')
     if paths:
-        # One a line, so that another program can use the list.
+        # One a line, so that the list can be piped into another program.
         raise UserError('\n'.join([f'each of these {len(paths)} {problem}:', *paths]))
+
+
+def printable(text):
+    """The text with \\x and a number for each byte that is not UTF-8, as in names of files from zip
+    files of a Chinese Windows."""
+    return os.fsencode(text).decode(errors='backslashreplace')
 
 
 def say(line, file=None):
     """Prints a line on stdout, or on `file`. Where it cannot be printed, as on a full disk or after
     `| head`, the script goes on."""
     with contextlib.suppress(OSError):
-        print(as_text(str(line)), file=file, flush=True)
+        print(printable(str(line)), file=file, flush=True)
 
 
 def run_script(main):
@@ -569,16 +566,16 @@ def run_script(main):
     try:
         main()
     except UserError as error:
-        sys.exit(as_text(f'error: {error}'))
+        sys.exit(printable(f'error: {error}'))
     except (MemoryError, torch.OutOfMemoryError) as error:
         reason = str(error).partition('\n')[0]
         sys.exit('error: too little memory; in training, a smaller --batch-size needs less. '
                  f'{type(error).__name__}: {reason}')
     except OSError as error:
-        # An error about no file is a mistake in the script, and keeps its traceback.
+        # Most errors about no file are mistakes in the script, and keep their traceback.
         if error.filename is None:
             raise
-        sys.exit(as_text(f'error: {os.path.abspath(error.filename)}: {error.strerror}'))
+        sys.exit(printable(f'error: {os.path.abspath(error.filename)}: {error.strerror}'))
     except KeyboardInterrupt:
         say('interrupted', sys.stderr)
         sys.exit(130)  # the usual status after Ctrl-C

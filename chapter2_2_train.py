@@ -53,7 +53,7 @@ from chapter2_1_data import (NO_IMAGE, ImgDataset, UserError, add_data_arguments
 num_epoch = 100
 learning_rate = 0.001
 
-# The options that are saved with a run, with their defaults: the book's, where it says something.
+# The options that are saved with a run, and their defaults: the book's, as far as it gives any.
 book_options = {'data_dir': data_dir, 'recipe': 'book', 'epochs': num_epoch,
                 'batch_size': batch_size, 'lr': learning_rate, 'seed': 0, 'no_amp': False}
 
@@ -132,7 +132,6 @@ def make_model(class_count, device):
 
 def train_epoch(model, train_loader, loss, optimizer, autocast, scaler):
     """Trains the network for one epoch (section 2.4).
-
     autocast and scaler are for computing with 16 bits (see mixed_precision).
     Returns the accuracy and the mean loss per image. (The book adds up the mean losses of the
     batches, and divides by the number of images: its losses are about 1/126 of these, as food-11
@@ -148,19 +147,19 @@ def train_epoch(model, train_loader, loss, optimizer, autocast, scaler):
     for x, y in train_loader:
         x, y = to_device(x, y, device)
         optimizer.zero_grad()
-        # Within autocast, PyTorch computes convolutions and matrix products with 16 bits.
+        # Within autocast, PyTorch may compute convolutions and matrix products with 16 bits.
         with autocast:
             train_pred = model(x)
             batch_loss = loss(train_pred, y)
-        if scaler.is_enabled():
+        if not scaler.is_enabled():
+            batch_loss.backward()
+            optimizer.step()
+        else:
             # In float16, small gradients become 0. So the scaler multiplies the loss, and divides
             # the gradients afterwards.
             scaler.scale(batch_loss).backward()
             scaler.step(optimizer)
             scaler.update()
-        else:
-            batch_loss.backward()
-            optimizer.step()
         correct += (train_pred.argmax(1) == y).sum()
         # batch_loss is the mean of the batch, and the last batch may be smaller.
         loss_sum += batch_loss.detach() * len(y)
@@ -198,7 +197,6 @@ def to_device(x, y, device):
 
 def accuracy_and_loss(correct, loss_sum, image_count):
     """Divides the sums by the number of images.
-
     If several processes train together, the sums of all processes are added up first.
     """
     # One tensor for all three, so that one all_reduce can add them up over all processes.
@@ -214,8 +212,8 @@ def accuracy_and_loss(correct, loss_sum, image_count):
 # With the book's recipe, the network learns the training photographs by heart: after 100 epochs on
 # photographs of ten dishes, it was right for 99% of those for training, and for 59% of those for
 # validation. With --recipe better, train_run trains this network on the images of better_transform
-# (chapter2_1_data.py), with what is in this section. Then it was right for 84% of these images, and
-# for 72% of the photographs for validation. See .github/curves.png.
+# (chapter2_1_data.py), with what is in this section. Then it was right for 84% of these augmented
+# images, and for 72% of the photographs for validation. See .github/curves.png.
 
 # Used by choose_options, like demo_options.
 better_options = {'batch_size': 64}
@@ -279,7 +277,6 @@ def main(arguments=None):
 def train_run(options, device, dtype, workers, folder, checkpoint):
     """The book's script: its data, its network and its training (sections 2.2 to 2.4). Around it,
     under comments that say so, is what lets a run be continued and its best epoch be used.
-
     options: what choose_options returns. dtype: the precision. workers: loader workers.
     folder: where the run is saved. checkpoint: the state of a run that is continued, or None.
     """
@@ -288,9 +285,9 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
     note(f'{len(classes)} classes, {len(train_files)} photographs for training, '
          f'{len(val_files)} for validation')
     # With several processes, each trains on a share of the photographs. The shares are equal, so
-    # that all take as many steps. Each reads all of val_x, as process 0 needs it at the end.
-    equal = len(train_files) // world_size * world_size
-    train_x, train_y = readfile(train_files[rank:equal:world_size])
+    # that all take as many steps. Each reads all of val_x, which process 0 needs at the end.
+    shared = len(train_files) // world_size * world_size
+    train_x, train_y = readfile(train_files[rank:shared:world_size])
     val_x, val_y = readfile(val_files)
     train_set = ImgDataset(train_x, train_y, train_transform)
     val_set = ImgDataset(val_x[rank::world_size], val_y[rank::world_size], test_transform)
@@ -313,9 +310,9 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
     # fused: updates all weights at once, which is faster.
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
     # The better recipe has another loss, but only for training: so validation can be compared.
-    training_loss = loss
+    loss_for_training = loss
     if options.recipe == 'better':
-        training_loss, optimizer = better_loss_and_optimizer(model, options.lr, device)
+        loss_for_training, optimizer = better_loss_and_optimizer(model, options.lr, device)
 
     # Not in the book: computing with 16 bits, and the state of a run that is continued.
     autocast, scaler = mixed_precision(device, dtype)
@@ -334,7 +331,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
         best_acc_then = history[best_epoch - 1]['val_acc']
         if best_acc != best_acc_then:
             note(f'the validation accuracy of the best epoch is {best_acc:.6f} now, and was '
-                 f'{best_acc_then:.6f}: the photographs for validation are others, or the computer')
+                 f'{best_acc_then:.6f}: other photographs for validation, precision or hardware')
     if len(history) >= options.epochs:
         note(f'all {options.epochs} epochs are done; --epochs N trains longer')
 
@@ -358,10 +355,10 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
             optimizer.param_groups[0]['lr'] = rate
 
         train_acc, train_loss = train_epoch(parallel_model, progress(train_loader, title),
-                                            training_loss, optimizer, autocast, scaler)
+                                            loss_for_training, optimizer, autocast, scaler)
         if world_size > 1:
-            # DDP does this before each step, but not after the last one: all processes take the
-            # batch norm statistics of process 0.
+            # DDP gives all processes the batch norm statistics of process 0 before each step, but
+            # not after the last one.
             for buffer in model.buffers():
                 distributed.broadcast(buffer, 0)
         val_acc, val_loss = evaluate(model, progress(val_loader, f'{title} validation'),
@@ -500,7 +497,7 @@ def choose_options(args, checkpoint=None):
 
 
 def note(message):
-    """Prints a message on stderr. If there are several processes, process 0 does."""
+    """Prints a message on stderr. If there are several processes, only process 0 does."""
     if rank == 0:
         say(message, sys.stderr)
 
@@ -516,7 +513,6 @@ def progress(batches, title):
 
 def pick_device(name):
     """The device called `name`. If name is None: CUDA, else another kind of GPU, else the CPU.
-
     Raises UserError if PyTorch cannot use the device here.
     """
     if name is None:
@@ -574,7 +570,6 @@ def pick_precision(device, no_amp):
 
 def mixed_precision(device, dtype):
     """Automatic mixed precision (amp): the autocast and the scaler that train_epoch takes.
-
     With float32 they do nothing; the scaler is for float16 only, which cannot hold small numbers.
     """
     autocast = contextlib.nullcontext()
@@ -595,7 +590,7 @@ def pick_workers(wanted, device):
         # There, each worker has a PyTorch of its own: hundreds of MB of memory, and on Windows
         # gigabytes of the page file.
         return 2
-    # Slurm and Docker may allow fewer cores than there are.
+    # Slurm, or Docker's --cpuset-cpus, may allow fewer cores than there are.
     cores = len(os.sched_getaffinity(0))
     processes_here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     return min(cores // processes_here, 8)
@@ -606,7 +601,6 @@ def pick_workers(wanted, device):
 @contextlib.contextmanager
 def open_run(out, resume):
     """Opens the folder of a run for a with-block. out, resume: what --out and --resume say.
-
     Yields the folder, and the checkpoint to continue from, or None. No other run on this computer
     can open the folder meanwhile. If the block ends in an error or is interrupted, says how to
     continue. Raises UserError or OSError if the folder cannot be used.
@@ -639,10 +633,10 @@ def open_run(out, resume):
             yield opened
         except BaseException:
             if (folder / 'last.pt').exists():
-                # In a thread, because a second Ctrl-C cannot interrupt a thread.
                 script = os.path.abspath(__file__)
-                thread = threading.Thread(target=note, args=[
-                    f'continue with: python "{script}" --out "{folder}" --resume'])
+                line = f'continue with: python "{script}" --out "{folder}" --resume'
+                # In a thread, because a second Ctrl-C cannot interrupt a thread.
+                thread = threading.Thread(target=note, args=[line])
                 thread.start()
                 thread.join()
             raise
@@ -654,24 +648,22 @@ def open_run(out, resume):
 
 def find_checkpoint(folder, resume):
     """Returns the checkpoint in the folder of a run; None if it is a new run.
-
     Raises UserError if the run would replace files, of another run or of anybody.
     """
-    # Hidden files are those of the system, and what a run has left that was killed while it saved.
+    # Hidden files are the system's, or left by a run that was killed while it saved.
     files = sorted(name for name in os.listdir(folder) if not name.startswith('.'))
     if not files:
         return None
     if not resume or 'last.pt' not in files:
         raise UserError(f'{folder} already holds files, such as {files[0]}: choose a different '
                         '--out. (--resume continues a run, if its last.pt is there)')
-    # Best weights, in the place of a last.pt, would have no optimizer.
+    # 'optimizer_kind': a best.pt under the name of last.pt would have none.
     return load_checkpoint(folder / 'last.pt', 'optimizer_kind')
 
 
 def save_run(folder, state):
     """Writes last.pt, which holds all that is needed to continue, and what people want to have of
     it: best.pt, settings.json, curves.png and history.csv. Only process 0 does.
-
     Raises UserError if one of them cannot be written.
     """
     if rank > 0:
@@ -691,7 +683,6 @@ def save_run(folder, state):
 
 def write(path, content):
     """Writes a file in such a way that it is complete, or else as it was before.
-
     content: for .pt a checkpoint, for .png a matplotlib figure, for .csv the rows of a table as
     dicts, and for .json what JSON can hold.
     Raises UserError if the file cannot be written: for example if the disk is full, or if another
@@ -713,8 +704,12 @@ def write(path, content):
             table.writerows(content)
         else:
             json.dump(content, text, indent=1, ensure_ascii=False)
+        encoding = 'utf-8'
+        if path.suffix == '.csv' and not text.getvalue().isascii():
+            # Without the mark at the beginning that -sig makes, Excel does not read Chinese.
+            encoding = 'utf-8-sig'
         # surrogateescape: names of files that are not Unicode, on Linux, are written as they are.
-        file_bytes.write(text.getvalue().encode(errors='surrogateescape'))
+        file_bytes.write(text.getvalue().encode(encoding, errors='surrogateescape'))
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
         with open(temporary, 'wb') as file:
@@ -722,8 +717,9 @@ def write(path, content):
             # The content must be on the disk before the old file goes: the power may fail.
             file.flush()
             os.fsync(file.fileno())
+        # Tried for two seconds, as on Windows another program may have the file open. The last
+        # attempt may raise.
         for _ in range(20):
-            # What Windows answers if another program has the file open, perhaps not for long.
             with contextlib.suppress(PermissionError):
                 os.replace(temporary, path)
                 return
@@ -740,7 +736,6 @@ def write(path, content):
 
 def load_checkpoint(path, part):
     """Reads a checkpoint into the CPU's memory. Program code in it is not executed.
-
     part: what must be in it, such as 'model'. Raises UserError if it is not, or if the file is
     corrupt or not a checkpoint of this script; OSError if it cannot be opened.
     """
@@ -755,10 +750,9 @@ def load_checkpoint(path, part):
         # zipfile and torch.load raise almost anything if a bit of the file is wrong.
         raise UserError(f'{path} is corrupt, or not a checkpoint ({type(error).__name__}): replace '
                         'it by a copy, or start a new run in a different folder') from None
-    if not isinstance(checkpoint, dict) or not {part, 'required'} <= checkpoint.keys():
-        raise UserError(f'{path} is incompatible: it is of an older version of the script, or '
-                        'holds only weights, as best.pt does; start a new run in a different '
-                        'folder')
+    if not (isinstance(checkpoint, dict) and {part, 'required'} <= checkpoint.keys()):
+        raise UserError(f'{path} is incompatible: it has no {part}, or is of an older version of '
+                        'the script; start a new run in a different folder')
     return checkpoint
 
 
@@ -773,7 +767,6 @@ def requirements(model, classes):
 
 def load_weights(model, checkpoint, path, classes):
     """Puts the weights of a checkpoint into the network.
-
     path: where the checkpoint comes from, for error messages.
     Raises UserError if they require a different network, different classes or different images.
     """
@@ -864,7 +857,6 @@ def draw_curves(history, best_epoch):
 
 def draw_confusion(counts, classes):
     """confusion.png from counts (11, 11): a row for each true class, a column for each predicted.
-
     Each cell shows a number of images, and its share of all images of the true class. With more
     than 40 classes there are only colours, as nobody could read texts.
     """
@@ -906,7 +898,6 @@ def draw_images(images, titles, heading):
 
 def draw_mistakes(val_x, val_files, probabilities, classes):
     """mistakes.png: the 24 wrong predictions with the highest probabilities.
-
     val_x: uint8 (N, 128, 128, 3), BGR. val_files: pairs (file, label).
     """
     val_y = np.array([label for _, label in val_files])
@@ -980,7 +971,7 @@ def use_run(args, device):
     if args.features:
         image = read_image(args.features)
         if image is None:
-            refuse_files([args.features], NO_IMAGE)
+            raise UserError(f'{args.features} {NO_IMAGE}')
         with picture_settings():
             write(folder / 'features.png', draw_features(model, image))
         say(f'picture written to {folder / "features.png"}')
@@ -993,9 +984,8 @@ def use_run(args, device):
 
 def predict(paths, model, classes, run_folder, batch_size, autocast):
     """Predicts the classes of photographs, or of those in a folder. Those in a folder are written
-    into two tables in run_folder; if all have labels, as those for training, also prints the
+    into two tables in run_folder; if they are labelled as those for training are, also prints the
     accuracy.
-
     Raises UserError at the end if some files are no images; it names them. A file that cannot be
     opened ends it at once, with OSError.
     """
@@ -1025,12 +1015,12 @@ def predict(paths, model, classes, run_folder, batch_size, autocast):
 
     in_threads(read, range(len(files)), 'reading')
     probabilities = predict_probabilities(model, x, batch_size, autocast)
-    # Those of files that are no images, which are black in x, go again.
+    # Without the files that are no images, which are black in x.
     predictions = {file: row for file, row in zip(files, probabilities) if file not in bad_files}
     if folders and predictions:
         say(f'{folders[0]}: {len(predictions)} of {len(files)} photographs predicted, in '
             f'{run_folder / "predict.csv"}')
-        print_test_accuracies(predictions, classes, folders[0], run_folder)
+        print_folder_accuracies(predictions, classes, folders[0], run_folder)
         write_predictions(predictions, classes, folders[0], run_folder)
     else:
         for file, row in predictions.items():
@@ -1039,9 +1029,8 @@ def predict(paths, model, classes, run_folder, batch_size, autocast):
     refuse_files(bad_files, NO_IMAGE)
 
 
-def print_test_accuracies(predictions, classes, folder, run_folder):
+def print_folder_accuracies(predictions, classes, folder, run_folder):
     """Prints the accuracy of each class over the photographs in `folder`, if all have labels.
-
     predictions: the probabilities (11,) of each file. Photographs that have trained the network do
     not count. If nothing is left to count, says so on stderr.
     """
@@ -1057,7 +1046,7 @@ def print_test_accuracies(predictions, classes, folder, run_folder):
         return
     heading = 'labels from the names'
     if len(counted) < len(labels):
-        heading = 'for validation only'
+        heading = 'those that did not train'
         say(f'{len(labels) - len(counted)} of them have trained the network, and do not count')
     counts = count_predictions([labels[file] for file in counted],
                                np.stack([predictions[file] for file in counted]))
@@ -1082,19 +1071,18 @@ def has_trained(file, folder, run_folder):
 def write_predictions(predictions, classes, folder, run_folder):
     """predict.csv, as the course's Kaggle page takes it: an Id and a label for each photograph. And
     predict_names.csv for people: file, class and probability.
-
     The Id is the number that is the photograph's name (12 for 0012.jpg). If not all names are
     different numbers, it is the whole name.
     """
     names = [file.relative_to(folder).as_posix() for file in predictions]
     ids = [os.path.splitext(name)[0] for name in names]
-    if all(number.isdecimal() for number in ids) and len(set(map(int, ids))) == len(ids):
-        ids = [int(number) for number in ids]
+    if all(text.isdecimal() for text in ids) and len(set(map(int, ids))) == len(ids):
+        ids = [int(text) for text in ids]
     else:
         ids = names
     labels = [row.argmax() for row in predictions.values()]
     write(run_folder / 'predict.csv',
-          [{'Id': number, 'Category': label} for number, label in zip(ids, labels)])
+          [{'Id': photo_id, 'Category': label} for photo_id, label in zip(ids, labels)])
     write(run_folder / 'predict_names.csv',
           [{'file': name, 'class': classes[label], 'probability': f'{row[label]:.4f}'}
            for name, label, row in zip(names, labels, predictions.values())])
@@ -1105,7 +1093,6 @@ def write_predictions(predictions, classes, folder, run_folder):
 @torch.no_grad()
 def feature_maps(model, image):
     """What the blocks of Classifier make of an image, uint8 (128, 128, 3), BGR.
-
     Returns for each block its feature maps after the pooling, float (64, 64, 64) for the first
     one, and its receptive field: how many pixels of the image, in each direction, a number in them
     depends on. Raises UserError if the network has no `convolution`.
@@ -1117,7 +1104,7 @@ def feature_maps(model, image):
     x = convert_image_dtype(test_transform(image)).unsqueeze(0).to(device)
     blocks = []
     receptive_field = 1
-    # How many pixels of the image lie between two neighbours in x.
+    # How many pixels of the image two neighbours in x are apart.
     distance = 1
     for layer in model.convolution:
         x = layer(x)

@@ -102,7 +102,7 @@ def test_features_draws_the_photograph_and_the_strongest_maps(scripts, few, tmp_
     torch.save({'model': model.state_dict(),
                 'required': train.requirements(model, scripts.data.CLASSES)}, tmp_path / 'best.pt')
     photograph = few / 'validation' / '0_0.jpg'
-    done = call(scripts, '--out', '.', '--features', photograph)
+    done = call(scripts, '--out', tmp_path, '--features', photograph)
     assert done.stdout == f'picture written to {tmp_path / "features.png"}\n'
     # Five rows of eight.
     rows = np.reshape(drawn[0].axes, (5, 8))
@@ -113,5 +113,5 @@ def test_features_draws_the_photograph_and_the_strongest_maps(scripts, few, tmp_
         for axes, channel in zip(others, maps.mean((1, 2)).argsort()[::-1]):
             assert axes.get_title() == f'channel {channel}'
             assert (axes.images[0].get_array() == maps[channel]).all()
-    done = call(scripts, '--out', '.', '--features', __file__, returncode=1)
+    done = call(scripts, '--out', tmp_path, '--features', __file__, returncode=1)
     assert done.stderr.startswith(f'error: {__file__} cannot be read as an image')

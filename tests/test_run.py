@@ -590,7 +590,7 @@ def test_an_accuracy_is_only_of_what_the_names_choose_for_validation(small, food
         assert f'{44 - images} of them have trained the network' in done.stdout
         # They are predicted all the same. The table begins with the mark that Excel needs.
         assert len(rows_of(tmp_path / 'run' / 'predict.csv')) == 44
-    assert (tmp_path / 'run' / 'predict_names.csv').read_bytes().startswith(b'\xef\xbb\xbf')
+        assert (tmp_path / 'run' / 'predict_names.csv').read_bytes().startswith(b'\xef\xbb\xbf')
 
 
 def test_mistakes_in_the_use_of_a_run(small, copy_of_finished, few, tmp_path):

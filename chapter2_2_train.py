@@ -316,8 +316,11 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
 
     # Not in the book: computing with 16 bits, and the state of a run that is continued.
     autocast, scaler = mixed_precision(device, dtype)
+    saved_options = {name: getattr(options, name) for name in book_options}
     history, best_acc, best_epoch, best_model = [], -1, None, None
     if checkpoint is not None:
+        # What is saved at the end if all epochs are done already.
+        state = {**checkpoint, 'options': saved_options}
         history, best_epoch = checkpoint['history'], checkpoint['best_epoch']
         best_model = checkpoint['best_model']
         # The path is for error messages only.
@@ -339,8 +342,6 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
     parallel_model = model
     if world_size > 1:
         parallel_model = DistributedDataParallel(model)
-    # What is saved at the end if all epochs are done already.
-    state = checkpoint
     saved_time = time.monotonic()
     for epoch in range(len(history) + 1, options.epochs + 1):
         start_time = time.perf_counter()
@@ -381,7 +382,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
         state = {'model': model.state_dict(), 'best_model': best_model, 'best_epoch': best_epoch,
                  'optimizer': optimizer.state_dict(), 'optimizer_kind': optimizer_kind(optimizer),
                  'scaler': scaler.state_dict(), 'history': history,
-                 'options': {name: getattr(options, name) for name in book_options},
+                 'options': saved_options,
                  # What must be the same when the weights are used again:
                  'required': requirements(model, classes)}
         # The first epoch is saved at once: who stops a run in its first minute can continue it.

@@ -339,8 +339,8 @@ HIDDEN = ('.', '__MACOSX', '@eaDir', 'lost+found', '$RECYCLE.BIN', 'System Volum
 
 # Endings of other files that lie among photographs, such as this script's picture. A list of the
 # endings that photographs have would leave out some, and nobody would notice.
-NO_PHOTOGRAPHS = ('.csv', '.json', '.md', '.txt', '.zip', '.avi', '.mov', '.mp4', '.aae', '.xmp',
-                  '.db', '.ini', 'icon\r', 'chapter2_1_data.png')
+NO_PHOTOGRAPHS = ('.csv', '.json', '.md', '.txt', '.zip', '.avi', '.m4v', '.mkv', '.mov', '.mp4',
+                  '.webm', '.aae', '.xmp', '.db', '.ini', 'icon\r', 'chapter2_1_data.png')
 
 
 def find_photographs(folder):

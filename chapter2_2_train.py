@@ -299,7 +299,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
                       'persistent_workers': workers > 0, 'pin_memory': device.type == 'cuda'}
     train_loader = DataLoader(train_set, shuffle=True, **loader_options)
     val_loader = DataLoader(val_set, shuffle=False, **loader_options)
-    if len(train_loader) < 8 and options.batch_size > 16:
+    if checkpoint is None and len(train_loader) < 8 and options.batch_size > 16:
         note(f'training steps in an epoch: {len(train_loader)}. With so few photographs, '
              '--batch-size 16 --lr 0.0001 trains better')
 
@@ -316,11 +316,10 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
 
     # Not in the book: computing with 16 bits, and the state of a run that is continued.
     autocast, scaler = mixed_precision(device, dtype)
-    saved_options = {name: getattr(options, name) for name in book_options}
     history, best_acc, best_epoch, best_model = [], -1, None, None
     if checkpoint is not None:
-        # What is saved at the end if all epochs are done already.
-        state = {**checkpoint, 'options': saved_options}
+        # What is saved at the end if all epochs are done already: nothing has changed then.
+        state = checkpoint
         history, best_epoch = checkpoint['history'], checkpoint['best_epoch']
         best_model = checkpoint['best_model']
         # The path is for error messages only.
@@ -382,7 +381,7 @@ def train_run(options, device, dtype, workers, folder, checkpoint):
         state = {'model': model.state_dict(), 'best_model': best_model, 'best_epoch': best_epoch,
                  'optimizer': optimizer.state_dict(), 'optimizer_kind': optimizer_kind(optimizer),
                  'scaler': scaler.state_dict(), 'history': history,
-                 'options': saved_options,
+                 'options': {name: getattr(options, name) for name in book_options},
                  # What must be the same when the weights are used again:
                  'required': requirements(model, classes)}
         # The first epoch is saved at once: who stops a run in its first minute can continue it.
@@ -705,12 +704,8 @@ def write(path, content):
             table.writerows(content)
         else:
             json.dump(content, text, indent=1, ensure_ascii=False)
-        encoding = 'utf-8'
-        if path.suffix == '.csv' and not text.getvalue().isascii():
-            # Without the mark at the beginning that -sig makes, Excel does not read Chinese.
-            encoding = 'utf-8-sig'
         # surrogateescape: names of files that are not Unicode, on Linux, are written as they are.
-        file_bytes.write(text.getvalue().encode(encoding, errors='surrogateescape'))
+        file_bytes.write(text.getvalue().encode(errors='surrogateescape'))
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
         with open(temporary, 'wb') as file:
@@ -875,25 +870,34 @@ def draw_confusion(counts, classes):
         for true, predicted in np.argwhere(counts > 0):
             axes.text(predicted, true, f'{counts[true, predicted]}\n{shares[true, predicted]:.0%}',
                       ha='center', va='center', fontsize=8)
-        names = [textwrap.fill(name, 20) for name in classes]
+        names = [wrapped(name) for name in classes]
         axes.set_xticks(range(len(classes)), names, rotation=90)
         axes.set_yticks(range(len(classes)), names)
     return figure
+
+
+def wrapped(text):
+    """The text on several lines, so that it is no wider than a picture of 1.6 inches."""
+    width = 20
+    if not text.isascii():
+        # Chinese characters are twice as wide.
+        width = 10
+    return textwrap.fill(text, width)
 
 
 def draw_images(images, titles, heading):
     """Images, RGB (H, W, 3) or grey (H, W), at most eight in a row, with their titles."""
     columns = max(1, min(len(images), 8))
     rows = max(1, math.ceil(len(images) / columns))
-    figure = new_figure(1.6 * columns, 2.4 * rows + 0.5)
+    titles = ['\n'.join(map(wrapped, title.splitlines())) for title in titles]
+    most_lines = max((len(title.splitlines()) for title in titles), default=0)
+    figure = new_figure(1.6 * columns, (1.7 + 0.16 * most_lines) * rows + 0.6)
     figure.suptitle(textwrap.fill(heading, 20 * columns), fontsize=10)
     for i, (image, title) in enumerate(zip(images, titles)):
         axes = figure.add_subplot(rows, columns, i + 1)
         axes.set_axis_off()
         axes.imshow(image, 'gray')
-        # Long names are written on several lines.
-        lines = [textwrap.fill(line, 20) for line in title.splitlines()]
-        axes.set_title('\n'.join(lines), fontsize=8)
+        axes.set_title(title, fontsize=8)
     return figure
 
 
@@ -1084,8 +1088,9 @@ def write_predictions(predictions, classes, folder, run_folder):
     labels = [row.argmax() for row in predictions.values()]
     write(run_folder / 'predict.csv',
           [{'Id': photo_id, 'Category': label} for photo_id, label in zip(ids, labels)])
+    # \ufeff, as without this mark at the beginning, Excel does not read Chinese.
     write(run_folder / 'predict_names.csv',
-          [{'file': name, 'class': classes[label], 'probability': f'{row[label]:.4f}'}
+          [{'\ufefffile': name, 'class': classes[label], 'probability': f'{row[label]:.4f}'}
            for name, label, row in zip(names, labels, predictions.values())])
 
 

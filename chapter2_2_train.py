@@ -692,6 +692,8 @@ def write(path, content):
     if path.suffix == '.pt':
         torch.save(content, file_bytes)
     elif path.suffix == '.png':
+        # The layout finds room for long names only when it is drawn a second time.
+        content.draw_without_rendering()
         content.savefig(file_bytes, format='png')
     else:
         text = io.StringIO()

@@ -645,7 +645,8 @@ def test_a_photograph_takes_no_more_memory_than_its_pixels(edited, few, tmp_path
     before = memory('VmRSS')
     done = scripts.call(*USE, '--batch-size', 4, '--predict', 'many')
     assert done.returncode == 0 and '1500 of 1500 photographs' in done.stdout
-    assert 40 < (memory('VmHWM') - before) / 1500 < 60
+    # Less than 48 if memory of earlier tests is used again.
+    assert (memory('VmHWM') - before) / 1500 < 60
 
 
 # ---- Dreams and pictures ---------------------------------------------------------------------
